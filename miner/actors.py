@@ -1,0 +1,214 @@
+"""PoolActor: owns shards of the pool; serves blocks of images, keeps weights, applies rules, snapshots.
+
+Everything global (sums, thresholds, orders) comes from the driver, which adds up per-shard parts in shard
+order. So the result does not depend on which actor owns which shard. Every method that changes state names
+the round or step it belongs to and is a no-op when that was already applied.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from miner import cache, ranking, rules
+from miner.errors import MinerError
+from miner.pool import Pool
+from miner.rules import RootSums, Sums
+from miner.weights import ShardState, final_table, write_arrow
+
+_DRAW_SALT = 1 << 32  # training draws of round r use salt _DRAW_SALT + r; the permanent number uses salt 0
+
+
+class PoolShards:
+    """The work of a pool actor, as a plain class: tests use it without Ray."""
+
+    def __init__(self, pool: str, size: int, seed: int, rule: str, eta: float) -> None:
+        self.pool = Pool.open(pool)
+        self.size, self.seed, self.rule, self.eta = size, seed, rule, eta
+        self.state: dict[int, ShardState] = {}
+        self.images: dict[int, np.ndarray] = {}
+        self.uid: dict[int, np.ndarray] = {}
+        self.rows: dict[int, np.ndarray] = {}  # rows of the sweep going on
+        self.losses: dict[int, np.ndarray] = {}
+
+    def each(self, method: str, shards: list[int], extra: list[tuple[Any, ...]], args: tuple[Any, ...]) -> list[Any]:
+        """``method(shard, *extra, *args)`` for several shards in one message."""
+        return [getattr(self, method)(s, *own, *args) for s, own in zip(shards, extra, strict=True)]
+
+    def prepare(self, shard: int, duplicates: np.ndarray) -> list[str]:
+        """Decode one shard once (or map its cache) and set out fresh weights; returns the keys that do not decode."""
+        self.images[shard], bad = cache.open_shard(self.pool, shard, self.size)
+        index = self.pool.shard_index(shard, ["uid", "key", "excluded_by"])
+        self.uid[shard] = ranking.uid_words(index["uid"].to_pylist())
+        state = ShardState.fresh(self.rule, len(index))
+        state.exclude(index["excluded_by"].is_valid().to_numpy(), "exclude-list")
+        state.exclude(duplicates, "duplicate")
+        state.exclude(np.array(sorted(bad), dtype=np.int64), "decode")
+        self.state[shard] = state
+        keys = index["key"].to_pylist()
+        return [f"{keys[row]} ({reason})" for row, reason in sorted(bad.items())]
+
+    def restore(self, shard: int, path: str) -> None:
+        """Take one shard's live columns from a committed snapshot."""
+        state = ShardState.read(Path(path))
+        if len(state["excluded"]) != len(self.uid[shard]):
+            raise MinerError(f"{path}: {len(state['excluded'])} rows, but the pool's shard has {len(self.uid[shard])}")
+        self.state[shard] = state
+
+    # --- score -----------------------------------------------------------------------------------------------
+
+    def open_sweep(self, shard: int) -> int:
+        """Fix the rows to be scored, those eligible now; returns how many."""
+        self.rows[shard] = np.flatnonzero(self.state[shard].eligible)
+        self.losses[shard] = np.full(len(self.uid[shard]), np.nan, np.float32)
+        return len(self.rows[shard])
+
+    def block(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """Images of the sweep's rows [start, stop), uint8 ``[n, size, size, 3]``."""
+        return self.images[shard][self.rows[shard][start:stop]]
+
+    def take_scores(self, shard: int, start: int, scores: dict[str, np.ndarray]) -> int:
+        """Keep one block's losses and look-ups; raises MinerError naming keys when a loss is not finite."""
+        rows = self.rows[shard][start : start + len(scores["loss"])]
+        broken = rows[~np.isfinite(scores["loss"])]
+        if len(broken):
+            keys = self.pool.shard_index(shard, ["key"])["key"].to_pylist()
+            some = ", ".join(keys[row] for row in broken[:5])
+            raise MinerError(
+                f"{self.pool.shards[shard].name}: {len(broken)} of {len(rows)} losses are not finite in the block of rows "
+                f"{rows[0]}-{rows[-1]} (keys {some}{', ...' if len(broken) > 5 else ''}); the classifier has diverged: "
+                "lower --lr, or go on with another --checkpoint"
+            )
+        self.losses[shard][rows] = scores["loss"]
+        for name in scores.keys() - {"loss"}:
+            self.state[shard][name][rows] = scores[name]
+        return len(rows)
+
+    def close_sweep(self, shard: int, round_: int) -> None:
+        """Apply the sweep's losses, once a round."""
+        self.state[shard].apply_losses(round_, self.losses[shard])
+
+    def guard_cosines(self, shard: int) -> np.ndarray:
+        """Cosine to the 50th nearest ID image of the eligible rows, float32."""
+        state = self.state[shard]
+        return state["nn50_id_cosine"][state.eligible]
+
+    def guard(self, shard: int, threshold: float) -> int:
+        """Exclude rows nearer to the ID set than ``threshold`` (cosine of the 50th neighbour); returns how many."""
+        state = self.state[shard]
+        near = state.eligible & (state["nn50_id_cosine"] > threshold)
+        state.exclude(near, "near-id")
+        return int(near.sum())
+
+    # --- update ----------------------------------------------------------------------------------------------
+
+    def sums(self, shard: int) -> Sums:
+        """This shard's part of the global sums at the current weights and losses."""
+        return self.state[shard].sums()
+
+    def equilibrium_sums(self, shard: int, level: float) -> tuple[float, float]:
+        """(sum w l, sum w) of the weights that ``equilibrium`` gives at ``level``."""
+        state = self.state[shard]
+        loss = state.loss_mean()[state.eligible]
+        weight = rules.equilibrium(loss, level)
+        return float((weight * loss).sum()), float(weight.sum())
+
+    def loss_range(self, shard: int) -> tuple[float, float, float]:
+        """(count, sum, largest) of the mean losses of eligible rows."""
+        loss = self.state[shard].loss_mean()[self.state[shard].eligible]
+        return float(len(loss)), float(loss.sum()), float(loss.max(initial=0.0))
+
+    def update(self, shard: int, round_: int, total: Sums, level: float) -> float:
+        """Apply the rule to every row of a shard, once a round; returns the new sum of weights."""
+        state = self.state[shard]
+        if state.averaged < round_:
+            loss = np.where(state.eligible, state["loss"], 0.0).astype(np.float64)
+            if self.rule == "hedge":
+                state["state"][:] = rules.hedge(state["state"], loss, total, self.eta)
+            elif self.rule == "paper":
+                state["state"][:] = rules.paper(state["state"], loss, total, self.eta)
+            elif self.rule == "equilibrium":
+                state["state"][:] = rules.equilibrium(np.nan_to_num(state.loss_mean()), level)
+            elif self.rule == "toploss":
+                state["state"][:] = np.nan_to_num(state.loss_mean())
+        return float(state.weight().sum())
+
+    def normalise(self, shard: int, round_: int, mean: float) -> None:
+        """Bring hedge's weights to mean 1 and add them to their average, once a round."""
+        state = self.state[shard]
+        if self.rule == "hedge" and state.averaged < round_:
+            state["state"][:] -= np.log(mean)
+            state["average"][:] += np.exp(state["state"])
+        state.averaged = round_
+
+    # --- draw and train --------------------------------------------------------------------------------------
+
+    def draw(self, shard: int, round_: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ``most`` smallest race keys of the shard and their rows: its candidates for the round's batches."""
+        u = ranking.uniform(self.uid[shard], self.seed, _DRAW_SALT + round_)
+        keys = ranking.draw_keys(self.state[shard].weight(), u)
+        rows = np.argsort(keys, kind="stable")[:most]
+        rows = rows[np.isfinite(keys[rows])]
+        return keys[rows], rows
+
+    def rows_of(self, shard: int, rows: np.ndarray) -> np.ndarray:
+        """Images of the given rows, uint8 ``[n, size, size, 3]``."""
+        return self.images[shard][rows]
+
+    def root_sums(self, shard: int) -> RootSums:
+        """This shard's part of the released update's global terms."""
+        keep = self.state[shard].eligible
+        weight = rules.softplus(self.state[shard]["state"][keep])
+        return RootSums(float(len(weight)), float(weight.sum()), float(np.sqrt(weight).sum()))
+
+    def locate(self, shard: int, targets: np.ndarray) -> np.ndarray:
+        """Rows at which the running sum of sqrt(w) passes each target: draws ~ sqrt(w), with replacement."""
+        running = np.cumsum(np.sqrt(self.state[shard].weight()))
+        rows = np.searchsorted(running, targets, side="right")
+        return np.minimum(rows, np.searchsorted(running, running[-1], side="left"))
+
+    def factors(self, shard: int, rows: np.ndarray, sums: RootSums) -> np.ndarray:
+        """Importance factors of drawn rows, float64."""
+        return rules.reference_factors(rules.softplus(self.state[shard]["state"][rows]), sums)
+
+    def reference_step(
+        self, shard: int, rows: np.ndarray, losses: np.ndarray, root_loss: float, batch: int, alpha: float, sums: RootSums
+    ) -> RootSums:
+        """One dense step of the released update on every row of the shard; returns the shard's new sums."""
+        state = self.state[shard]
+        keep = state.eligible
+        gradient = rules.reference_gradient(state["state"], rows, losses, root_loss, batch, alpha, sums)
+        moved, momentum = rules.reference_step(state["state"], state["momentum"], gradient)
+        state["state"][keep], state["momentum"][keep] = moved[keep], momentum[keep]
+        state["loss"][rows] = losses
+        np.add.at(state["loss_sum"], rows, losses)
+        np.add.at(state["visits"], rows, np.uint32(1))
+        return self.root_sums(shard)
+
+    # --- commit and finish -----------------------------------------------------------------------------------
+
+    def snapshot(self, shard: int, folder: str) -> None:
+        """Write one shard's live columns under ``folder``."""
+        self.state[shard].write(Path(folder) / f"shard-{shard:06d}.arrow")
+
+    def ranking_columns(self, shard: int) -> dict[str, np.ndarray]:
+        """What the driver ranks by: outcome weights, eligibility, strata, and the exclusion codes."""
+        state = self.state[shard]
+        return {
+            "weight": state.outcome(),
+            "eligible": state.eligible,
+            "stratum": state["stratum"],
+            "excluded": state["excluded"],
+        }
+
+    def write_table(self, shard: int, folder: str, scale: float, rank: np.ndarray, metadata: dict[str, str]) -> None:
+        """Write one shard of the final weights table under ``folder``."""
+        index = self.pool.shard_index(shard, ["uid", "key", "shard", "row", "label"])
+        table = final_table(index, self.state[shard], scale, rank, metadata)
+        write_arrow(table, Path(folder) / f"shard-{shard:06d}.arrow")
+
+
+# The state is rebuilt from snapshots, so Ray may restart the process, but it must never repeat a call by itself:
+# its retries come late, out of order and without an exception.
+PoolActor = ray.remote(max_restarts=0, max_task_retries=0)(PoolShards)

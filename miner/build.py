@@ -1,0 +1,176 @@
+"""Make a pool: one job a shard, then one manifest over all. Plain functions; `pipelines.shard` brings Ray.
+
+A finished shard leaves `shards/000007.parquet` and, last, `shards/000007.json`; a second run of the same
+command skips it. Nothing written depends on the clock or on the number of workers: same pool, same bytes.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from miner.errors import MinerError
+from miner.files import atomic, sha256
+from miner.images import png
+from miner.pool import FORMAT, INDEX_SCHEMA, VERSION, Pool, fingerprint_of
+from miner.shards import index_table, shard_job, tar_entry, write_image
+from miner.sources import Job, Plan, Recipe, plan
+from miner.tars import TarWriter
+
+
+def prepare(recipe: Recipe, folder: str) -> Plan:
+    """Plan the jobs and make the pool's folder ready. Raises MinerError if it holds something else."""
+    planned = plan(recipe)
+    folder = os.path.abspath(folder)
+    note = os.path.join(folder, "shards", "arguments.json")
+    arguments = json.dumps(_arguments(recipe), indent=1).encode()
+    if not os.path.exists(note):
+        beside = all(
+            job.path.endswith(".tar") and os.path.dirname(job.path) == folder for job in planned.jobs
+        )
+        if os.path.isdir(folder) and set(os.listdir(folder)) - {"shards"} and not beside:
+            raise MinerError(f"{folder}: not empty and no pool of this command; give another --out")
+        os.makedirs(os.path.dirname(note), exist_ok=True)
+        with atomic(note) as file:
+            file.write(arguments)
+    with open(note, "rb") as file:
+        if file.read() != arguments:
+            raise MinerError(f"{folder}: begun with other arguments; remove it or give another --out")
+    for where in (folder, os.path.dirname(note)):
+        for name in os.listdir(where):
+            if name.startswith(".") and name.endswith(".tmp"):
+                os.unlink(os.path.join(where, name))
+    return planned
+
+
+def _arguments(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "source": recipe.source,
+        "inputs": [os.path.abspath(path) for path in recipe.inputs],
+        "glob": recipe.glob,
+        "per_shard": recipe.per_shard,
+        "exclude_list": sha256(recipe.exclude_list) if recipe.exclude_list else None,
+    }
+
+
+def run_job(folder: str, job: Job) -> int:
+    """Make one shard unless it is complete; returns its number of images. MinerError names the file."""
+    stem = os.path.join(folder, "shards", f"{job.number:06d}")
+    done = _complete(folder, stem, job)
+    if done is not None:
+        return done
+    table, entry = shard_job(folder, job)
+    with atomic(f"{stem}.parquet") as file:
+        pq.write_table(table, file)
+    with atomic(f"{stem}.json") as file:
+        file.write(json.dumps({"stamp": job.stamp, "shard": entry}, indent=1).encode())
+    return table.num_rows
+
+
+def _complete(folder: str, stem: str, job: Job) -> int | None:
+    try:
+        with open(f"{stem}.json", "rb") as file:
+            note = json.load(file)
+        entry = note["shard"]
+        size = os.path.getsize(os.path.join(folder, entry["path"]))
+    except FileNotFoundError:
+        return None
+    if note["stamp"] != job.stamp:
+        raise MinerError(f"{job.path}: changed since {folder} was begun; remove it or give another --out")
+    return int(entry["count"]) if size == entry["file_bytes"] and os.path.exists(f"{stem}.parquet") else None
+
+
+def finish(recipe: Recipe, folder: str, name: str, planned: Plan, licence: str = "") -> Pool:
+    """Join the shards' rows into index.parquet and write pool.json last; returns the opened pool.
+
+    Raises MinerError when two shards share a key or a label has no class.
+    """
+    stems = [os.path.join(folder, "shards", f"{job.number:06d}") for job in planned.jobs]
+    tables = (pq.read_table(f"{stem}.parquet", schema=INDEX_SCHEMA) for stem in stems)
+    entries = []
+    for stem in stems:
+        with open(f"{stem}.json", "rb") as file:
+            entries.append(json.load(file)["shard"])
+    source = {"kind": recipe.source, "arguments": _arguments(recipe), "skipped": planned.skipped}
+    return _write_manifest(folder, name, planned, entries, tables, source, licence)
+
+
+def _write_manifest(
+    folder: str,
+    name: str,
+    planned: Plan,
+    entries: list[dict[str, Any]],
+    tables: Any,
+    source: dict[str, Any],
+    licence: str,
+) -> Pool:
+    kept = []
+    with (
+        atomic(os.path.join(folder, "index.parquet")) as file,
+        pq.ParquetWriter(file, INDEX_SCHEMA) as writer,
+    ):
+        for entry, table in zip(entries, tables, strict=True):
+            top = pc.max(table["label"]).as_py()
+            if planned.classes and top is not None and top >= len(planned.classes):
+                raise MinerError(f"{entry['path']}: label {top}, but only {len(planned.classes)} classes")
+            writer.write_table(table, row_group_size=table.num_rows)
+            kept.append(table.select(["uid"] if entry["kind"] == "raw" else ["uid", "key", "shard"]))
+    if entries[0]["kind"] == "tar":
+        _check_keys(pa.concat_tables(kept), entries)
+    uids = pa.chunked_array([chunk for table in kept for chunk in table["uid"].chunks], pa.string())
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name,
+        "count": len(uids),
+        "fingerprint": fingerprint_of(uids),
+        "licence": licence,
+        "source": source,
+        "classes": list(planned.classes),
+        "class_info": planned.class_info,
+        "shards": entries,
+    }
+    with atomic(os.path.join(folder, "pool.json")) as file:
+        file.write(json.dumps(manifest, indent=1).encode())
+    return Pool.open(folder)
+
+
+def _check_keys(rows: pa.Table, entries: list[dict[str, Any]]) -> None:
+    counts = pc.value_counts(rows["key"])
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(twice):
+        key = twice[0]["values"].as_py()
+        shards = rows.filter(pc.equal(rows["key"], key))["shard"].to_pylist()
+        paths = " and ".join(entries[shard]["path"] for shard in shards[:2])
+        raise MinerError(f"{paths}: both hold key {key!r}; choose the tars of one split with --glob")
+
+
+def write_arrays_pool(
+    directory: str,
+    name: str,
+    images: np.ndarray,
+    labels: Sequence[int] | np.ndarray | None,
+    classes: Sequence[str],
+    shard_count: int = 4,
+) -> Pool:
+    """A pool of ``shard_count`` PNG tars from uint8 [n, H, W, 3] and int labels [n]; its bytes repeat."""
+    os.makedirs(directory, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(directory, "pool.json"))
+    entries, tables = [], []
+    for shard, rows in enumerate(np.array_split(np.arange(len(images)), min(shard_count, len(images)))):
+        path, made = f"{shard:06d}.tar", []
+        with TarWriter(os.path.join(directory, path)) as tar:
+            for row in rows.tolist():
+                label = None if labels is None else int(labels[row])
+                made.append(write_image(tar, f"{row:09d}", "png", png(images[row]), label, None))
+        entries.append(tar_entry(directory, path, path, len(made)))
+        tables.append(index_table(shard, made))
+    source = {"kind": "arrays", "arguments": {"shape": list(images.shape)}}
+    return _write_manifest(directory, name, Plan((), tuple(classes)), entries, tables, source, "")

@@ -1,0 +1,100 @@
+"""Decode once: each shard as a memory-mapped uint8 [n, size, size, 3] array, complete or absent."""
+
+import contextlib
+import json
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from miner.errors import MinerError
+from miner.files import atomic, is_url
+from miner.images import decode, fit
+from miner.pool import Pool, Shard
+
+VERSION = 1  # raise when decoding gives other pixels
+CHUNK = 256  # images decoded between two writes
+
+
+def open_shard(
+    pool: Pool, shard: int, size: int, directory: str | None = None
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Pixels of one shard and the rows that did not decode.
+
+    Returns read-only uint8 [n, size, size, 3], memory-mapped, and {row: reason} (zeros there). The first
+    call writes ``<folder>/<size>/000000.npy``: in the pool, or for a read-only or remote pool under
+    ``directory``, $OUTLIER_CACHE or ~/.cache/outlier-miner. A raw shard of that very size is its own cache.
+    Raises MinerError when the disk is full or the shard cannot be read.
+    """
+    entry = pool.shards[shard]
+    if entry.kind == "raw" and entry.record_shape == (size, size, 3):
+        return pool.records(shard), {}
+    stem = os.path.join(_folder(pool, directory), str(size), f"{shard:06d}")
+    found = _load(stem, entry, size)
+    if found is None:
+        os.makedirs(os.path.dirname(stem), exist_ok=True)
+        _build(pool, shard, size, stem)
+        found = _load(stem, entry, size)
+    if found is None:
+        raise MinerError(f"{stem}.npy: changed while it was written; remove it and run again")
+    return found
+
+
+def _folder(pool: Pool, directory: str | None) -> str:
+    if directory is None and not is_url(pool.path) and os.access(pool.path, os.W_OK):
+        return os.path.join(pool.path, "cache")
+    base = directory or os.environ.get("OUTLIER_CACHE") or os.path.expanduser("~/.cache/outlier-miner")
+    return os.path.join(base, pool.fingerprint)
+
+
+def _stamp(entry: Shard, size: int) -> dict[str, Any]:
+    return {"version": VERSION, "sha256": entry.sha256, "count": entry.count, "size": size}
+
+
+def _load(stem: str, entry: Shard, size: int) -> tuple[np.ndarray, dict[int, str]] | None:
+    try:
+        with open(f"{stem}.json", encoding="utf-8") as file:
+            note = json.load(file)
+        pixels = np.load(f"{stem}.npy", mmap_mode="r", allow_pickle=False)
+        bad = {int(row): str(reason) for row, reason in note.pop("bad").items()}
+    except (FileNotFoundError, ValueError, EOFError, AttributeError, KeyError):
+        return None
+    if (
+        note != _stamp(entry, size)
+        or pixels.shape != (entry.count, size, size, 3)
+        or pixels.dtype != np.uint8
+    ):
+        return None
+    return pixels, bad
+
+
+def _build(pool: Pool, shard: int, size: int, stem: str) -> None:
+    entry = pool.shards[shard]
+    bad: dict[int, str] = {}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (entry.count, size, size, 3)}
+    # Without this an old array would pass for the new note's if we stopped between the two.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{stem}.npy")
+    with atomic(f"{stem}.npy") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, entry.count, CHUNK):
+            rows = range(start, min(start + CHUNK, entry.count))
+            # Plain writes, no writable map: a full disk is then an error and not a SIGBUS.
+            file.write(_pixels(pool, shard, rows, size, bad).tobytes())
+        with atomic(f"{stem}.json") as note:
+            note.write(json.dumps({**_stamp(entry, size), "bad": bad}).encode())
+
+
+def _pixels(pool: Pool, shard: int, rows: range, size: int, bad: dict[int, str]) -> np.ndarray:
+    pixels = np.zeros((len(rows), size, size, 3), np.uint8)
+    if pool.shards[shard].kind == "raw":
+        for i, record in enumerate(pool.records(shard)[rows.start : rows.stop]):
+            pixels[i] = fit(Image.fromarray(np.ascontiguousarray(record)), size)
+        return pixels
+    for i, data in enumerate(pool.read(shard, rows)):
+        try:
+            pixels[i] = decode(data, size)
+        except ValueError as error:
+            bad[rows.start + i] = str(error)
+    return pixels

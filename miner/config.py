@@ -1,0 +1,131 @@
+"""Every setting of a mining run: one frozen dataclass a concern; the text under a field is its ``--help``."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import OmitArgPrefixes
+
+from trainers.train import PretrainConfig
+
+Rule = Literal["hedge", "paper", "reference", "equilibrium", "uniform", "toploss"]
+Draw = Literal["rank", "eq20", "topk", "random"]
+Model = Literal["small", "wrn-40-2", "wrn-40-4", "wrn-28-10", "resnet18", "densenet-bc-100"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is mined, for whom."""
+
+    pool: str = "demo"
+    """Background pool: a folder, a URL, or a name under $OUTLIER_POOLS; `demo` is drawn on the spot."""
+    id: str = "demo"
+    """In-distribution set: a folder of train-*.tar / test-*.tar, a torchvision name (cifar10), or `demo`."""
+    model: Model = "small"
+    """Classifier. `small` makes a CPU run practical."""
+    checkpoint: Path | None = None
+    """Trained classifier (.safetensors). Without one, the classifier is first trained on --id."""
+    size: int = 32
+    """Pixels a side at which images are scored. The subset keeps the original bytes."""
+    seed: int = 0
+    """Same seed and same kind of machine: same subset, byte for byte, on any number of actors."""
+
+
+@dataclass(frozen=True)
+class Game:
+    """How weights are learned."""
+
+    rule: Rule = "hedge"
+    """How losses become weights. `uniform` and `toploss` are controls, `reference` is the released update."""
+    rounds: int = 5
+    """Sweeps over the pool, with training between them. 1 scores once and never trains."""
+    steps: int = 100
+    """Training steps between two sweeps (under `reference`: all the work of a round)."""
+    eta: float = 1.0
+    """Step size of `hedge` (in standard deviations of the loss) and of `paper` (in units of the loss)."""
+    batch: int = 128
+    """Images a training step: this many ID and as many background."""
+    alpha: float = 0.5
+    """Weight of the background loss beside cross-entropy (paper: 0.5)."""
+    lr: float = 0.001
+    """Learning rate of the classifier in the game (paper: 0.001). BatchNorm stays frozen."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How weights become a subset."""
+
+    gamma: tuple[float, ...] = (0.01,)
+    """Share(s) of the pool to keep, each in (0, 1]; several cost one mining and are nested."""
+    draw: Draw | None = None
+    """`rank` (inclusion ~ weight, exact size), `eq20` (the paper's Bernoulli draw), `topk`, `random`.
+    Default: rank, but topk for --rule toploss."""
+    strata: int | None = None
+    """Feature clusters that take turns in the ranking, so that hardness does not mean one kind of image.
+    0: none. Default: one for every 100 images, at most 1,024."""
+    exclude_near_id: float = 0.25
+    """Leak guard: leave out this share of the pool nearest to the ID set (cosine of the 50th ID neighbour).
+    0: off."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where it runs. None of this changes the result."""
+
+    pool_actors: int | None = None
+    """Processes that own pool shards and weights. Default: one a core, at most one a shard and 16."""
+    trainers: int = 1
+    """Processes that score, one GPU each where there are GPUs. The first one also trains."""
+    threads: int | None = None
+    """CPU threads of a trainer. Default: all cores but one."""
+    address: str | None = None
+    """Ray cluster to join (`auto` or host:port). Default: a private Ray on this machine."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is kept."""
+
+    out: Path | None = None
+    """Run directory. Default: runs/<pool>-<id>-<rule>-s<seed>."""
+    resume: bool = False
+    """Go on from the last finished round of --out; an error if nothing is there. (The same command run again
+    also goes on; this flag only insists.)"""
+    dry_run: bool = False
+    """Print the plan, sizes and cost, and stop."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Mine a gamma-subset of background images for a classifier."""
+
+    data: Annotated[Data, OmitArgPrefixes] = field(default_factory=Data)
+    game: Annotated[Game, OmitArgPrefixes] = field(default_factory=Game)
+    selection: Annotated[Selection, OmitArgPrefixes] = field(default_factory=Selection)
+    machines: Annotated[Machines, OmitArgPrefixes] = field(default_factory=Machines)
+    output: Annotated[Output, OmitArgPrefixes] = field(default_factory=Output)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+
+    @property
+    def draw(self) -> Draw:
+        """The draw asked for, or the rule's natural one."""
+        return self.selection.draw or ("topk" if self.game.rule == "toploss" else "rank")
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run lives."""
+        names = (self.data.pool, self.data.id)
+        short = "-".join(dict.fromkeys(Path(name.rstrip("/")).name for name in names))
+        return self.output.out or Path("runs") / f"{short}-{self.game.rule}-s{self.data.seed}"
+
+    def strata_for(self, rows: int) -> int:
+        """Number of strata for a pool of ``rows`` images."""
+        chosen = self.selection.strata
+        return min(max(rows // 100, 1), 1024) if chosen is None else min(chosen, rows)
+
+    def mining(self) -> dict[str, Any]:
+        """The settings that decide the weights: a run can be continued only under the same ones."""
+        settings = {"data": asdict(self.data), "game": asdict(self.game), "pretrain": asdict(self.pretrain)}
+        settings["data"]["checkpoint"] = str(self.data.checkpoint) if self.data.checkpoint else None
+        settings["guard"] = {"strata": self.selection.strata, "exclude_near_id": self.selection.exclude_near_id}
+        return settings

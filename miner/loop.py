@@ -1,0 +1,313 @@
+"""The game in rounds: score -> update -> train -> commit. The driver's side; pool and trainers are Ray actors.
+
+A round scores every eligible image at one theta, applies the rule to all rows from global sums reduced in
+shard order, trains the classifier on batches drawn from the new weights, and commits. Blocks, sums, draws and
+random numbers depend on (seed, round, shard, uid), never on how many actors there are.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from miner import rules
+from miner.config import Config
+from miner.errors import MinerError
+from miner.progress import Display
+from miner.rules import RootSums, Sums
+from miner.run_dir import RunDir, write_file, write_json
+
+BLOCK = 4096  # images a scoring message; cut by shard, so that arithmetic does not change with the actors
+IN_FLIGHT = 3  # blocks on their way to one trainer
+CHUNK_STEPS = 16  # training steps a message
+_REFERENCE_SALT = 0x5EED
+
+
+def get(refs: Any) -> Any:
+    """``ray.get``, with an actor's own MinerError brought back as it was, and a dead actor as one line."""
+    try:
+        return ray.get(refs)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, MinerError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayActorError as error:
+        message = str(error).strip().splitlines()[0]
+        raise MinerError(f"a worker process died ({message}); run the same command again to continue") from None
+
+
+@dataclass
+class Crew:
+    """The actors and who owns what."""
+
+    pools: list[Any]
+    owner: list[Any]  # shard -> pool actor
+    trainers: list[Any]
+
+    def each(self, method: str, *args: Any, per_shard: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
+        """``method(shard, *per_shard[shard], *args)`` for every shard, one message an actor; in shard order."""
+        extra = per_shard or [()] * len(self.owner)
+        mine = [[s for s, owner in enumerate(self.owner) if owner is actor] for actor in self.pools]
+        calls = [
+            actor.each.remote(method, shards, [extra[s] for s in shards], args)
+            for actor, shards in zip(self.pools, mine, strict=True)
+        ]
+        found = {s: r for shards, results in zip(mine, get(calls), strict=True) for s, r in zip(shards, results, strict=True)}
+        return [found[shard] for shard in range(len(self.owner))]
+
+
+@dataclass
+class Game:
+    """One run's rounds. ``on_round`` gets each finished round's record."""
+
+    config: Config
+    crew: Crew
+    run: RunDir
+    display: Display
+    on_round: Callable[[dict[str, Any]], None]
+
+    def play(self, first: int) -> None:
+        """Rounds ``first`` to the last one."""
+        for round_ in range(first, self.config.game.rounds):
+            started = time.monotonic()
+            if self.config.game.rule in rules.STEPWISE:
+                record = self.stepwise_round(round_)
+            else:
+                record = self.sweep_round(round_)
+            self.commit(round_)
+            record = {"round": round_} | record | {"seconds": round(time.monotonic() - started, 3)}
+            self.run.log(record)
+            self.on_round(record)
+
+    def sweep_round(self, round_: int) -> dict[str, Any]:
+        """Score the whole pool once, update every weight, train unless it is the last round."""
+        record = self.sweep(round_)
+        record |= self.update(round_)
+        if round_ + 1 < self.config.game.rounds:
+            record |= self.train(round_, self.draw(round_))
+        return record
+
+    # --- score -------------------------------------------------------------------------------------------------
+
+    def sweep(self, round_: int) -> dict[str, Any]:
+        """One forward pass over every eligible image; round 0 also looks up neighbours and strata, and guards."""
+        crew = self.crew
+        counts = crew.each("open_sweep")
+        blocks = [(s, start) for s in range(len(counts)) for start in range(0, counts[s], BLOCK)]
+        self.display.phase(f"round {round_ + 1}/{self.config.game.rounds} score", sum(counts))
+        started = time.monotonic()
+        busy: dict[Any, int] = {}
+        load = [0] * len(crew.trainers)  # blocks in flight to each
+        for shard, start in blocks:
+            while min(load) >= IN_FLIGHT:
+                self._reap(busy, load)
+            trainer = load.index(min(load))
+            images = crew.owner[shard].block.remote(shard, start, min(start + BLOCK, counts[shard]))
+            scores = crew.trainers[trainer].score.remote(images, round_ == 0)
+            busy[crew.owner[shard].take_scores.remote(shard, start, scores)] = trainer
+            load[trainer] += 1
+        while busy:
+            self._reap(busy, load)
+        crew.each("close_sweep", round_)
+        record = {"scored": sum(counts), "score_images_per_s": round(sum(counts) / (time.monotonic() - started), 1)}
+        if round_ == 0:
+            record |= self.guard()
+        return record
+
+    def _reap(self, busy: dict[Any, int], load: list[int]) -> None:
+        for ref in ray.wait(list(busy), num_returns=1)[0]:
+            load[busy.pop(ref)] -= 1
+            self.display.advance(get(ref))
+
+    def guard(self) -> dict[str, Any]:
+        """Exclude the share of the pool nearest to the ID set (DESIGN: the leak guard is part of the method)."""
+        share = self.config.selection.exclude_near_id
+        if share <= 0:
+            return {}
+        cosines = np.concatenate(self.crew.each("guard_cosines")).astype(np.float64)
+        threshold = float(np.quantile(cosines, 1.0 - share))
+        excluded = sum(self.crew.each("guard", threshold))
+        self.display.say(
+            f"leak guard: {excluded:,} of {len(cosines):,} images left out as near ID "
+            f"(cosine of the 50th ID neighbour above {threshold:.4f})"
+        )
+        return {"near_id_cosine": threshold, "near_id_excluded": excluded}
+
+    # --- update ------------------------------------------------------------------------------------------------
+
+    def update(self, round_: int) -> dict[str, Any]:
+        """Reduce the global sums in shard order, apply the rule to every row, and report the new L_out."""
+        before = rules.add_sums(self.crew.each("sums"))
+        level = self.equilibrium_level() if self.config.game.rule == "equilibrium" else 0.0
+        new_weight = sum(self.crew.each("update", round_, before, level))
+        if not np.isfinite(new_weight) or new_weight <= 0:
+            raise MinerError(f"round {round_}: the weights add up to {new_weight}; lower --eta")
+        self.crew.each("normalise", round_, new_weight / before.count)
+        after = rules.add_sums(self.crew.each("sums"))
+        return describe(before, after)
+
+    def equilibrium_level(self) -> float:
+        """The L at which L_out of the equilibrium weights is L itself."""
+        parts = self.crew.each("loss_range")
+        count, total, largest = (sum(p[0] for p in parts), sum(p[1] for p in parts), max(p[2] for p in parts))
+
+        def out_loss(level: float) -> float:
+            pairs = self.crew.each("equilibrium_sums", level)
+            return sum(p[0] for p in pairs) / sum(p[1] for p in pairs)
+
+        return rules.equilibrium_level(out_loss, total / count, largest)
+
+    # --- train -------------------------------------------------------------------------------------------------
+
+    def draw(self, round_: int) -> np.ndarray:
+        """The round's batches: int64 ``[steps * batch, 2]`` of (shard, row), drawn without replacement, chance ~ w.
+
+        Each shard offers its smallest race keys; the merge of all shards is the draw. A pool smaller than the
+        round is gone through again in the same order.
+        """
+        wanted = self.config.game.steps * self.config.game.batch
+        offers = self.crew.each("draw", round_, wanted)
+        keys = np.concatenate([keys for keys, _ in offers])
+        places = np.concatenate([np.stack([np.full(len(r), s), r], 1) for s, (_, r) in enumerate(offers)])
+        order = np.argsort(keys, kind="stable")[:wanted]
+        if not len(order):
+            raise MinerError("no image of the pool has any weight left to draw; loosen --exclude-near-id")
+        return np.resize(places[order], (wanted, 2))
+
+    def train(self, round_: int, places: np.ndarray) -> dict[str, Any]:
+        """Training steps on the drawn background images, in chunks; the last theta goes to every trainer."""
+        game = self.config.game
+        self.display.phase(f"round {round_ + 1}/{game.rounds} train", len(places))
+        entropies: list[float] = []
+        losses: list[np.ndarray] = []
+        for result in self._chunks(round_, places):
+            entropy, loss = get(result)
+            entropies += entropy
+            losses.append(loss)
+            self.display.advance(len(loss), note=f"L_out {loss.mean():.4f}")
+        self.share_theta()
+        return {
+            "train_steps": game.steps,
+            "train_cross_entropy": float(np.mean(entropies)),
+            "train_uniformity_loss": float(np.concatenate(losses).mean()),
+        }
+
+    def _chunks(self, round_: int, places: np.ndarray) -> Iterable[Any]:
+        """Submit chunk after chunk, one ahead of the one being waited for."""
+        size = self.config.game.batch
+        waiting = None
+        for first in range(0, self.config.game.steps, CHUNK_STEPS):
+            chunk = places[first * size : (first + CHUNK_STEPS) * size]
+            submitted = self.submit(round_, first, chunk, None)
+            if waiting is not None:
+                yield waiting
+            waiting = submitted
+        yield waiting
+
+    def submit(self, round_: int, first: int, places: np.ndarray, factors: np.ndarray | None) -> Any:
+        """Gather the images of (shard, row) places from their owners and hand them to the training actor."""
+        by_shard = np.argsort(places[:, 0], kind="stable")
+        back = np.empty(len(places), np.int64)
+        back[by_shard] = np.arange(len(places))
+        shards = np.unique(places[:, 0])
+        parts = [self.crew.owner[s].rows_of.remote(int(s), places[places[:, 0] == s, 1]) for s in shards]
+        return self.crew.trainers[0].train.remote(round_, first, back, factors, *parts)
+
+    def share_theta(self) -> None:
+        """Bring every trainer to the theta of the first, which trains."""
+        if len(self.crew.trainers) > 1:
+            state = self.crew.trainers[0].state.remote()
+            get([trainer.set_state.remote(state) for trainer in self.crew.trainers[1:]])
+
+    # --- the released update -------------------------------------------------------------------------------------
+
+    def stepwise_round(self, round_: int) -> dict[str, Any]:
+        """One epoch of ``reference``: draws ~ sqrt(w) frozen at its start, a dense weight step after each batch."""
+        if round_ == 0 and (self.config.selection.exclude_near_id > 0 or self.config.selection.strata != 0):
+            self.sweep(0)  # for the guard and the strata only; the rule does not use its losses
+        game, each = self.config.game, self.crew.each
+        sums = _add_roots(each("root_sums"))
+        places = self.reference_draw(round_)
+        self.display.phase(f"round {round_ + 1}/{game.rounds} {game.rule}", len(places))
+        shards = range(len(self.crew.owner))
+        estimates, entropies = [], []
+        for step in range(game.steps):
+            batch = places[step * game.batch : (step + 1) * game.batch]
+            inside = [np.flatnonzero(batch[:, 0] == s) for s in shards]
+            rows = [batch[members, 1] for members in inside]
+            factor = np.empty(len(batch))
+            for members, part in zip(inside, each("factors", sums, per_shard=[(r,) for r in rows]), strict=True):
+                factor[members] = part
+            entropy, loss = get(self.submit(round_, step, batch, factor))
+            loss = loss.astype(np.float64)
+            root = factor * sums.weight / sums.root  # the factor is (m / wbar) sqrt(w)
+            root_loss = float((root * loss).mean())
+            per_shard = [(r, loss[members]) for r, members in zip(rows, inside, strict=True)]
+            sums = _add_roots(
+                each("reference_step", root_loss, game.batch, game.alpha, sums, per_shard=per_shard)
+            )
+            estimates.append(float((factor * loss).mean()))
+            entropies += entropy
+            self.display.advance(len(batch), note=f"L_out {estimates[-1]:.4f}")
+        self.share_theta()
+        ess = rules.effective_sample_size(rules.add_sums(each("sums")))
+        return {
+            "l_out": float(np.mean(estimates)),
+            "effective_sample_size": ess,
+            "train_steps": game.steps,
+            "train_cross_entropy": float(np.mean(entropies)),
+        }
+
+    def reference_draw(self, round_: int) -> np.ndarray:
+        """(shard, row) of the epoch's draws ~ sqrt(w), with replacement, int64 ``[steps * batch, 2]``."""
+        game = self.config.game
+        rng = np.random.Generator(np.random.Philox(key=[self.config.data.seed, _REFERENCE_SALT + round_]))
+        masses = np.array([part.root for part in self.crew.each("root_sums")])
+        edges = np.concatenate([[0.0], np.cumsum(masses)])
+        targets = rng.random(game.steps * game.batch) * edges[-1]
+        shard = np.minimum(np.searchsorted(edges, targets, side="right") - 1, len(masses) - 1)
+        places = np.stack([shard, np.zeros_like(shard)], 1)
+        wanted = [(targets[shard == s] - edges[s],) for s in range(len(masses))]
+        for s, rows in enumerate(self.crew.each("locate", per_shard=wanted)):
+            places[shard == s, 1] = rows
+        return places
+
+    # --- commit --------------------------------------------------------------------------------------------------
+
+    def commit(self, round_: int) -> None:
+        """Snapshot weights and classifier, then declare the round complete."""
+        folder = self.run.round(round_)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.crew.each("snapshot", str(folder.resolve()))
+        write_file(folder / "trainer.safetensors", get(self.crew.trainers[0].state.remote()))
+        write_json(folder / "round.json", {"round": round_, "seed": self.config.data.seed})
+        self.run.commit(round_)
+
+    def restore(self, round_: int) -> None:
+        """Bring all actors to the state of a committed round."""
+        folder = self.run.round(round_).resolve()
+        paths = [(str(folder / f"shard-{shard:06d}.arrow"),) for shard in range(len(self.crew.owner))]
+        self.crew.each("restore", per_shard=paths)
+        state = ray.put((folder / "trainer.safetensors").read_bytes())
+        get([trainer.set_state.remote(state) for trainer in self.crew.trainers])
+
+
+def describe(before: Sums, after: Sums) -> dict[str, Any]:
+    """The round's figures: mean loss of the pool, L_out under old and new weights, effective sample size."""
+    return {
+        "eligible": int(before.count),
+        "mean_loss": before.loss / before.count,
+        "l_out_before": rules.l_out(before),
+        "l_out": rules.l_out(after),
+        "effective_sample_size": rules.effective_sample_size(after),
+    }
+
+
+def _add_roots(parts: list[RootSums]) -> RootSums:
+    total = np.zeros(3)
+    for part in parts:
+        total = total + np.asarray(part)
+    return RootSums(*(float(x) for x in total))

@@ -1,0 +1,351 @@
+"""The main job: pool + ID set + classifier -> weights table -> gamma-subsets, in one resumable run directory."""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from torch.utils.tensorboard import SummaryWriter
+
+from miner import cluster, ranking
+from miner.build import write_arrays_pool
+from miner.config import Config
+from miner.errors import UsageError
+from miner.loop import Crew, Game, get
+from miner.neighbors import POINTS_PER_STRATUM
+from miner.pool import Pool, resolve
+from miner.progress import Display
+from miner.run_dir import RunDir, write_file, write_json
+from miner.subset import write_subset
+from miner.weights import FORMAT_VERSION, REASONS, load_weights
+from trainers import models
+from trainers.checkpoint import load_net, save_checkpoint
+from trainers.data import IdSet, load_id
+
+_SAMPLE_SALT = 2  # who is in the k-means sample
+
+
+@dataclass
+class Mined:
+    """What a run left: where, the summary that was printed, and one entry a subset."""
+
+    run: Path
+    summary: dict[str, Any]
+    subsets: list[Path]
+
+
+def check(config: Config) -> None:
+    """Raise UsageError for values that make no sense, before anything is read or computed."""
+    for gamma in config.selection.gamma:
+        ranking.check_gamma(gamma)
+    guard = config.selection.exclude_near_id
+    if not 0.0 <= guard < 1.0:
+        raise UsageError(f"--exclude-near-id {guard:g}: the share of the pool to leave out must lie in [0, 1)")
+    if max(config.selection.gamma) > 1.0 - guard:
+        raise UsageError(
+            f"--gamma {max(config.selection.gamma):g} cannot be had when --exclude-near-id {guard:g} leaves "
+            f"{1 - guard:.0%} of the pool; lower one of them"
+        )
+    for flag, value, least in (
+        ("--rounds", config.game.rounds, 1),
+        ("--steps", config.game.steps, 1),
+        ("--batch", config.game.batch, 1),
+        ("--trainers", config.machines.trainers, 1),
+        ("--pool-actors", config.machines.pool_actors or 1, 1),
+        ("--strata", config.selection.strata or 0, 0),
+    ):
+        if value < least:
+            raise UsageError(f"{flag} {value}: must be at least {least}")
+
+
+def open_pool(config: Config, run: Path) -> Pool:
+    """The pool of ``--pool``; the demo's is drawn into the run directory the first time."""
+    if config.data.pool != "demo":
+        return Pool.open(resolve(config.data.pool))
+    folder = run / "demo-pool"
+    if not (folder / "pool.json").exists():
+        from miner import demo
+
+        images, labels = demo.pool_arrays()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_arrays_pool(str(folder), "demo", images, labels, demo.FAMILIES)
+    return Pool.open(str(folder))
+
+
+def duplicates(pool: Pool) -> tuple[np.ndarray, list[np.ndarray]]:
+    """uids as uint64 ``[N, 2]`` and, per shard, the rows whose bytes an earlier (shard, row) already has."""
+    uid_N2 = ranking.uid_words(pool.index(["uid"])["uid"].to_pylist())
+    order = np.lexsort((uid_N2[:, 1], uid_N2[:, 0]))  # stable: equal uids stay in (shard, row) order
+    again = np.zeros(len(uid_N2), bool)
+    again[order[1:]] = (uid_N2[order[1:]] == uid_N2[order[:-1]]).all(axis=1)
+    edges = np.cumsum([0] + [shard.count for shard in pool.shards])
+    return uid_N2, [np.flatnonzero(again[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+class Mining:
+    """One run, step by step; ``run_all`` is the order of the steps."""
+
+    def __init__(self, config: Config, display: Display) -> None:
+        check(config)
+        self.config, self.display = config, display
+        self.dir = RunDir(config.run_dir)
+        self.pool = open_pool(config, self.dir.path)
+        self.times: dict[str, float] = {}
+        self.listed = 0
+        if self.pool.count:
+            self.listed = self.pool.index(["excluded_by"])["excluded_by"].drop_null().length()
+        self.n = self.pool.count - self.listed  # the N of gamma N: rows on an exclusion list were never in the pool
+
+    def run_all(self) -> Mined:
+        """Everything, from the committed state of the run directory to subsets."""
+        started = time.monotonic()
+        self.id_set = load_id(self.config.data.id, self.config.data.size)
+        settings = self.config.mining() | {"pool": self.pool.fingerprint, "id": self.id_set.fingerprint}
+        first = self.dir.begin(settings, self.config.output.resume)
+        self.run_id = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+        cluster.connect(self.config.machines.address)
+        self.crew = cluster.crew(self.config, self.pool.path, len(self.pool.shards), self.id_set)
+        self.times["start"] = time.monotonic() - started
+        accuracy = self.timed("classifier", self.classifier)
+        self.timed("decode", self.prepare)
+        self.timed("game", self.play, first)
+        table = self.timed("rank", self.finish)
+        subsets = self.timed("export", self.export, table)
+        self.times["total"] = time.monotonic() - started
+        summary = self.summary(table, subsets, accuracy)
+        write_json(self.dir.path / "summary.json", summary)
+        return Mined(self.dir.path, summary, [self.dir.path / name for name in subsets])
+
+    def timed(self, name: str, step: Any, *args: Any) -> Any:
+        """Run one step and keep its seconds."""
+        started = time.monotonic()
+        result = step(*args)
+        self.times[name] = time.monotonic() - started
+        return result
+
+    # --- the frozen classifier -----------------------------------------------------------------------------------
+
+    def classifier(self) -> float:
+        """theta_0 on every trainer: from RUN, from --checkpoint, or trained on the ID set now; its accuracy."""
+        path = self.dir.path / "classifier.safetensors"
+        trainers, data = self.crew.trainers, self.config.data
+        source = path if path.exists() else data.checkpoint
+        if source is None:
+            report = self.pretrain()
+            get([t.set_state.remote(trainers[0].state.remote()) for t in trainers[1:]])
+            net = models.create(data.model, len(self.id_set.classes))
+            net.load_state_dict(_net_tensors(get(trainers[0].state.remote())))
+            meta = {"accuracy": report["accuracy"], "seed": data.seed}
+        else:
+            net, meta = load_net(source, data.model, self.id_set.classes)
+            from safetensors.torch import save
+
+            blob = ray.put(save({f"net.{k}": v.contiguous() for k, v in net.state_dict().items()}))
+            get([trainer.set_state.remote(blob) for trainer in trainers])
+        if not path.exists():
+            facts = {"id": self.id_set.name, "id_fingerprint": self.id_set.fingerprint}
+            save_checkpoint(path, net, meta | facts | {"model": data.model, "classes": list(self.id_set.classes)})
+        accuracy = float(meta.get("accuracy", float("nan")))
+        self.display.say(f"classifier: {data.model}, {accuracy:.1%} of the ID test images right ({source or 'trained'})")
+        return accuracy
+
+    def pretrain(self) -> dict[str, Any]:
+        """Train on the ID set in the first trainer, with progress."""
+        trainer = self.crew.trainers[0]
+        done = trainer.pretrain.remote(self.config.pretrain)
+        self.display.phase("pretrain", 1)
+        steps = 0
+        while not ray.wait([done], timeout=1.0)[0]:
+            told = get(trainer.progress.remote())
+            if not told:
+                continue
+            if self.display.total == 1:
+                self.display.phase("pretrain", told["steps"])
+            note = f"epoch {told['epoch']}/{told['epochs']}, loss {told['loss']:.3f}, {told['images_per_s']:,.0f} images/s"
+            self.display.advance(told["step"] - steps, "steps", note)
+            steps = told["step"]
+        return dict(get(done))
+
+    # --- the game ------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Decode every shard once, mark duplicates and what does not decode."""
+        self.uid_N2, repeated = duplicates(self.pool)
+        counts = [shard.count for shard in self.pool.shards]
+        self.display.phase("decode", sum(counts))
+        jobs = {
+            actor.prepare.remote(shard, repeated[shard]): shard for shard, actor in enumerate(self.crew.owner)
+        }
+        self.undecodable: list[str] = []
+        found: dict[int, list[str]] = {}
+        while jobs:
+            for ref in ray.wait(list(jobs), num_returns=1)[0]:
+                shard = jobs.pop(ref)
+                found[shard] = get(ref)
+                self.display.advance(counts[shard])
+        for shard in sorted(found):
+            self.undecodable += [f"{self.pool.shards[shard].name}: {image}" for image in found[shard]]
+        for image in self.undecodable[:3]:
+            self.display.say(f"quarantined: {image}")
+
+    def play(self, first: int) -> None:
+        """Rounds from ``first`` on; look-ups and strata belong to round 0."""
+        writer = SummaryWriter(str(self.dir.path / "tensorboard"), purge_step=first)
+
+        def on_round(record: dict[str, Any]) -> None:
+            self.display.say(
+                f"round {record['round'] + 1}/{self.config.game.rounds}: L_out {record['l_out']:.4f}, "
+                f"effective sample size {record['effective_sample_size']:,.0f}, {record['seconds']:.1f} s"
+            )
+            for name, value in record.items():
+                if name != "round" and isinstance(value, (int, float)):
+                    writer.add_scalar(name, value, record["round"])
+
+        game = Game(self.config, self.crew, self.dir, self.display, on_round)
+        if first > 0:
+            self.display.say(f"resuming {self.dir.path} after {first} committed rounds")
+            game.restore(first - 1)
+        else:
+            self.look_ups()
+        game.play(first)
+        writer.close()
+
+    def look_ups(self) -> None:
+        """Index the ID set and fit the strata, under the frozen classifier, on every trainer."""
+        get([trainer.look_up_id.remote() for trainer in self.crew.trainers])
+        strata = self.config.strata_for(self.pool.count)
+        if strata <= 1:
+            return
+        self.display.phase("strata", 1)
+        sample = np.argsort(ranking.uniform(self.uid_N2, self.config.data.seed, _SAMPLE_SALT), kind="stable")
+        sample = np.sort(sample[: strata * POINTS_PER_STRATUM])
+        edges = np.cumsum([0] + [shard.count for shard in self.pool.shards])
+        parts = []
+        for shard, actor in enumerate(self.crew.owner):
+            rows = sample[(sample >= edges[shard]) & (sample < edges[shard + 1])] - edges[shard]
+            parts.append(actor.rows_of.remote(shard, rows))
+        centroids = self.crew.trainers[0].fit_strata.remote(min(strata, len(sample)), *parts)
+        get([trainer.set_centroids.remote(centroids) for trainer in self.crew.trainers])
+
+    # --- ranking and subsets -------------------------------------------------------------------------------------
+
+    def finish(self) -> pa.Table:
+        """Rank the pool, write the weights table, and return it."""
+        columns = self.crew.each("ranking_columns")
+        joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
+        strata = joined["stratum"] if self.config.strata_for(self.pool.count) > 1 else None
+        self.rows = ranking.Rows(joined["weight"], self.uid_N2, joined["eligible"], strata)
+        rank = ranking.rank_rows(self.rows, self.config.draw, self.config.data.seed)
+        total = sum(float(c["weight"].sum()) for c in columns)
+        scale = float(joined["eligible"].sum()) / total
+        folder = self.dir.path / "weights"
+        folder.mkdir(exist_ok=True)
+        edges = np.cumsum([0] + [shard.count for shard in self.pool.shards])
+        ranks = [(str(folder.resolve()), scale, rank[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        self.crew.each("write_table", self.metadata(total), per_shard=ranks)
+        return load_weights(self.dir.path)
+
+    def metadata(self, total: float) -> dict[str, str]:
+        """Schema metadata of the weights table."""
+        data, game = self.config.data, self.config.game
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "pool_fingerprint": self.pool.fingerprint,
+            "run_id": self.run_id,
+            "rounds": game.rounds,
+            "seed": data.seed,
+            "rule": game.rule,
+            "draw": self.config.draw,
+            "id": self.id_set.name,
+            "id_fingerprint": self.id_set.fingerprint,
+            "model": data.model,
+            "weight_sum": repr(total),
+        }
+        return {name: str(value) for name, value in facts.items()}
+
+    def export(self, table: pa.Table) -> dict[str, dict[str, Any]]:
+        """Cut and write a subset for every gamma; {folder name: subset.json}."""
+        written: dict[str, dict[str, Any]] = {}
+        for gamma in self.config.selection.gamma:
+            size = ranking.subset_size(self.rows, gamma, self.n, self.config.draw, self.config.data.seed)
+            keep = pc.less(table["rank"], pa.scalar(size, pa.uint64()))
+            chosen = table.filter(keep).sort_by("rank")
+            name = f"subset-{gamma:g}"
+            self.display.phase(name, size)
+            recipe = self.recipe(gamma, chosen)
+            written[name] = write_subset(self.pool, chosen, self.dir.path / name, recipe, self.display.advance)
+        return written
+
+    def recipe(self, gamma: float, chosen: pa.Table) -> dict[str, Any]:
+        """All that is needed to draw the subset again, and the figures to judge it by."""
+        weight = self.rows.weight[self.rows.eligible]
+        return {
+            "gamma": gamma,
+            "n": self.n,
+            "draw": self.config.draw,
+            "pool": {"name": self.pool.name, "fingerprint": self.pool.fingerprint, "licence": self.pool.licence},
+            "id": {"name": self.id_set.name, "fingerprint": self.id_set.fingerprint},
+            "run_id": self.run_id,
+            "settings": _portable(self.config.mining()),
+            "clipped_share": ranking.clipped_share(self.rows, gamma, self.n),
+            "effective_sample_size": float(weight.sum() ** 2 / (weight**2).sum()),
+            "classes": class_histogram(chosen, self.pool.classes),
+        }
+
+    def summary(self, table: pa.Table, subsets: dict[str, dict[str, Any]], accuracy: float) -> dict[str, Any]:
+        """What the run found, for people and scripts."""
+        reasons = pc.value_counts(table["excluded_by"].cast(pa.string())).to_pylist()
+        excluded = {r["values"]: r["counts"] for r in reasons if r["values"]}
+        return {
+            "pool": self.pool.name,
+            "pool_path": self.pool.path,
+            "images": self.pool.count,
+            "n": self.n,
+            "id": self.id_set.name,
+            "model": self.config.data.model,
+            "accuracy": accuracy,
+            "rule": self.config.game.rule,
+            "rounds": self.config.game.rounds,
+            "excluded": {reason: excluded.get(reason, 0) for reason in REASONS[1:]},
+            "undecodable": self.undecodable[:20],
+            "subsets": {
+                name: {k: s[k] for k in ("gamma", "count", "clipped_share", "effective_sample_size")}
+                for name, s in subsets.items()
+            },
+            "pool_actors": len(self.crew.pools),
+            "trainers": get([trainer.where.remote() for trainer in self.crew.trainers]),
+            "seconds": {name: round(value, 2) for name, value in self.times.items()},
+        }
+
+
+def class_histogram(chosen: pa.Table, classes: tuple[str, ...]) -> dict[str, int]:
+    """How many chosen images each pool class has, most frequent first."""
+    counts = pc.value_counts(chosen["label"].drop_null()).to_pylist()
+    counts.sort(key=lambda c: (-c["counts"], c["values"]))
+    return {classes[c["values"]] if c["values"] < len(classes) else str(c["values"]): c["counts"] for c in counts}
+
+
+def _portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without where this machine keeps its files: the same run elsewhere gives the same bytes."""
+    data = settings["data"] | {name: Path(str(settings["data"][name])).name for name in ("pool", "id")}
+    if data["checkpoint"]:
+        data["checkpoint"] = Path(data["checkpoint"]).name
+    return settings | {"data": data}
+
+
+def _net_tensors(blob: bytes) -> dict[str, Any]:
+    from safetensors.torch import load
+
+    return {name[4:]: value for name, value in load(blob).items() if name.startswith("net.")}
+
+
+def mine(config: Config) -> Mined:
+    """Run the main job and return where its results are. Raises MinerError for everything a user can mend."""
+    with Display() as display:
+        return Mining(config, display).run_all()

@@ -1,0 +1,64 @@
+"""One progress display for a whole run: a live line on a terminal, a plain line now and then in a log."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+class Display:
+    """``phase`` starts a bar, ``advance`` moves it, ``say`` prints above it. A context manager."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.live = sys.stderr.isatty()
+        self.bars = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.live,
+        )
+        self.bar: TaskID | None = None
+        self.name, self.total, self.done = "", 0, 0
+        self.started = self.spoke = time.monotonic()
+
+    def __enter__(self) -> "Display":
+        self.bars.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bars.stop()
+
+    def phase(self, name: str, total: int) -> None:
+        """Begin a phase of ``total`` units."""
+        if self.bar is not None:
+            self.bars.remove_task(self.bar)
+        self.bar = self.bars.add_task(name, total=total, note="")
+        self.name, self.total, self.done = name, total, 0
+        self.started = self.spoke = time.monotonic()
+
+    def advance(self, units: int, unit: str = "images", note: str = "") -> None:
+        """``units`` more are done."""
+        self.done += units
+        seconds = time.monotonic() - self.started
+        rate = self.done / max(seconds, 1e-9)
+        text = f"{rate:,.0f} {unit}/s {note}".rstrip()
+        if self.bar is not None:
+            self.bars.update(self.bar, completed=self.done, note=text)
+        if not self.live and time.monotonic() - self.spoke > PLAIN_SECONDS:
+            self.spoke = time.monotonic()
+            left = (self.total - self.done) / max(rate, 1e-9)
+            self.console.print(f"{self.name}: {self.done:,} of {self.total:,}, {text}, {left:,.0f} s left")
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(text)

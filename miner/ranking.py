@@ -1,0 +1,133 @@
+"""Random numbers that belong to an image, batch draws, and the order that answers every gamma at once.
+
+Every random number here is a pure function of (uid, seed, salt): it does not matter which actor computes it,
+in which order, or how the pool is cut into shards.
+"""
+
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miner.errors import MinerError, UsageError
+
+Floats = NDArray[np.float64]
+Words = NDArray[np.uint64]
+
+DRAWS = ("rank", "eq20", "topk", "random")
+NO_RANK = np.iinfo(np.uint64).max  # excluded rows stand after all others, whatever gamma
+
+
+def uid_words(uids: list[str]) -> Words:
+    """32-hex-character uids as uint64 ``[N, 2]``, high word first."""
+    raw = np.frombuffer(bytes.fromhex("".join(uids)), dtype=">u8")
+    return raw.astype(np.uint64).reshape(-1, 2)
+
+
+def _mix(x_N: Words) -> Words:
+    """The splitmix64 finaliser: a bijection of 64-bit words whose output bits all depend on all input bits."""
+    x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x_N ^ (x_N >> np.uint64(31))
+
+
+def uniform(uid_N2: Words, seed: int, salt: int = 0) -> Floats:
+    """One number in (0, 1) an image, ``[N]`` float64: its *permanent* random number under (seed, salt).
+
+    The uid is a cryptographic hash already, so keying and mixing it in 64-bit integer arithmetic is enough,
+    and 80 M of them take seconds. Never exactly 0 or 1.
+    """
+    keys = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF, salt & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) + np.uint64(0x9E37))
+    with np.errstate(over="ignore"):
+        word_N = _mix(_mix(uid_N2[:, 0] + keys[0]) ^ (uid_N2[:, 1] + _mix(keys[1:] + keys[:1])[0]))
+    return ((word_N >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def draw_keys(weight_N: Floats, uniform_N: Floats) -> Floats:
+    """Exponential races: taking the K smallest of ``-log(u)/w`` draws K rows without replacement, chance ~ w.
+
+    Rows of weight 0 get infinity. Shards can each give their K smallest and the merge is the draw.
+    """
+    with np.errstate(divide="ignore"):
+        return np.where(weight_N > 0, -np.log(uniform_N) / weight_N, np.inf)
+
+
+class Rows(NamedTuple):
+    """The whole pool's columns that decide the ranking, rows in (shard, row) order."""
+
+    weight: Floats  # [N]
+    uid: Words  # [N, 2]
+    eligible: NDArray[np.bool_]  # [N]
+    stratum: NDArray[np.int32] | None  # [N]
+
+
+def rank_rows(rows: Rows, draw: str, seed: int) -> NDArray[np.uint64]:
+    """Rank of every row, 0 first; a gamma-subset is a prefix of it. Excluded rows get ``NO_RANK``.
+
+    ``rank``: ascending u/w (sequential Poisson sampling, Ohlsson 1998): inclusion ~ w up to saturation.
+    ``eq20``: the same order; the cut differs (see ``subset_size``). ``topk``: heaviest first.
+    ``random``: by u alone, weights and strata ignored. Ties are broken by uid. With strata, the order inside
+    a stratum is kept and the strata take turns: position p of every stratum comes before position p + 1.
+    """
+    if draw not in DRAWS:
+        raise UsageError(f"--draw {draw}: choose one of {', '.join(DRAWS)}")
+    members = np.flatnonzero(rows.eligible)
+    uid_M2, weight_M = rows.uid[members], rows.weight[members]
+    u_M = uniform(uid_M2, seed)
+    if draw == "random":
+        key_M = u_M
+    elif draw == "topk":
+        key_M = -weight_M
+    else:
+        with np.errstate(divide="ignore"):
+            key_M = np.where(weight_M > 0, u_M / weight_M, np.inf)
+    order = np.lexsort((uid_M2[:, 1], uid_M2[:, 0], key_M))
+    if rows.stratum is not None and draw not in ("random", "eq20"):
+        order = order[_interleave(rows.stratum[members][order])]
+    rank = np.full(len(rows.weight), NO_RANK, dtype=np.uint64)
+    rank[members[order]] = np.arange(len(members), dtype=np.uint64)
+    return rank
+
+
+def _interleave(stratum_M: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Order that lets strata take turns; ``stratum_M`` is in ranked order, which also settles turns at a tie."""
+    by_stratum = np.argsort(stratum_M, kind="stable")
+    starts = np.flatnonzero(np.diff(stratum_M[by_stratum], prepend=stratum_M[by_stratum][:1] - 1))
+    lengths = np.diff(np.append(starts, len(stratum_M)))
+    position = np.empty(len(stratum_M), dtype=np.int64)
+    position[by_stratum] = np.arange(len(stratum_M)) - np.repeat(starts, lengths)
+    return np.argsort(position, kind="stable")
+
+
+def check_gamma(gamma: float) -> None:
+    """Raise UsageError unless 0 < gamma <= 1."""
+    if not 0.0 < gamma <= 1.0:
+        raise UsageError(f"--gamma {gamma:g}: the share of the pool to keep must lie in (0, 1]")
+
+
+def subset_size(rows: Rows, gamma: float, n: int, draw: str, seed: int) -> int:
+    """How long a prefix of the ranking gamma asks for: floor(gamma n) (paper Eq. 9: never more than gamma n).
+
+    ``eq20`` is the paper's Bernoulli draw (Eq. 20): image i is in iff u_i <= gamma n w_i / sum w, so its size
+    is random; because both sides order by u/w, the result is a prefix of the same ranking.
+    """
+    check_gamma(gamma)
+    available = int(rows.eligible.sum())
+    if draw == "eq20":
+        weight_M = rows.weight[rows.eligible]
+        chance_M = np.minimum(1.0, gamma * n * weight_M / weight_M.sum())
+        return int((uniform(rows.uid[rows.eligible], seed) <= chance_M).sum())
+    size = int(Fraction(repr(gamma)) * n)  # as written: in binary floats 0.29 * 100 is 28.999999999999996
+    if size > available:
+        raise MinerError(
+            f"--gamma {gamma:g} asks for {size:,} of {n:,} images but only {available:,} are left after exclusions; "
+            "lower --gamma or --exclude-near-id"
+        )
+    return size
+
+
+def clipped_share(rows: Rows, gamma: float, n: int) -> float:
+    """Share of eligible rows whose Eq. 20 chance gamma n w_i / sum w exceeds 1 (their weight cannot count fully)."""
+    weight_M = rows.weight[rows.eligible]
+    return float((gamma * n * weight_M > weight_M.sum()).mean())

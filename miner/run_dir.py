@@ -1,0 +1,100 @@
+"""The run directory is the database: settings, committed rounds, metrics. Resume, status and report read only it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from miner.errors import MinerError, disk_full
+from miner.files import atomic
+
+KEPT_ROUNDS = 2
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file, and the folders above it; a reader sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(str(path)) as sink:
+        sink.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, readable, keys in the order given."""
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+class RunDir:
+    """Paths and commit protocol of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, settings: dict[str, Any], resume: bool) -> int:
+        """Open or continue a run under ``settings``; returns the first round that is not committed yet.
+
+        Raises MinerError naming the settings that differ from those the folder was made with.
+        """
+        config = self.path / "config.json"
+        if config.exists():
+            old = json.loads(config.read_text())
+            differing = sorted(_differences(old, json.loads(json.dumps(settings))))
+            if differing:
+                raise MinerError(
+                    f"{self.path}: holds a run with other settings ({'; '.join(differing)}); "
+                    "give the same ones to continue it, or choose another --out"
+                )
+        elif resume:
+            raise MinerError(f"{self.path}: no run to resume here (no config.json); check --out or drop --resume")
+        else:
+            write_json(config, settings)
+        first = max(self.committed(), default=-1) + 1
+        self._forget_metrics(first)
+        return first
+
+    def round(self, round_: int) -> Path:
+        """Folder of a round."""
+        return self.path / "rounds" / f"{round_:06d}"
+
+    def committed(self) -> list[int]:
+        """Rounds that are complete."""
+        return sorted(int(path.parent.name) for path in self.path.glob("rounds/*/COMMITTED"))
+
+    def commit(self, round_: int) -> None:
+        """Declare a round's files complete; what was there before may now be deleted."""
+        write_file(self.round(round_) / "COMMITTED", b"")
+        for old in self.committed()[:-KEPT_ROUNDS]:
+            folder = self.round(old)
+            (folder / "COMMITTED").unlink()  # first, so that a half-deleted round is never taken for whole
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "a") as sink:
+                sink.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise disk_full(error, path) or error from None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All records of metrics.jsonl, oldest first; a line cut off by a crash is left out."""
+        path = self.path / "metrics.jsonl"
+        records = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return records
+
+    def _forget_metrics(self, first: int) -> None:
+        """Drop records of rounds that will be played again."""
+        records = [r for r in self.metrics() if r.get("round", -1) < first]
+        write_file(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)]
+    return [] if old == new else [f"{name}: {old} there, {new} now"]

@@ -1,0 +1,205 @@
+"""A gamma-subset on disk: tars of original bytes, manifest, recipe. Write it, verify it, read it with torch."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from miner.errors import MinerError
+from miner.files import atomic, read_ranges, sha256
+from miner.pool import Pool
+from miner.run_dir import write_file, write_json
+from miner.tars import TarWriter
+
+FORMAT = "outlier-miner/subset"
+VERSION = 1
+PER_TAR = 10_000
+OUTLIER = -1  # the label that OpenOOD and pytorch-ood give to outliers
+
+MANIFEST = pa.schema(
+    [
+        pa.field("uid", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("ext", pa.string(), nullable=False),
+        pa.field("pool_shard", pa.string(), nullable=False),
+        pa.field("pool_offset", pa.int64(), nullable=False),
+        pa.field("pool_size", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),  # of the image member as it stands in the tar
+        pa.field("label", pa.int32()),  # the pool's own class
+        pa.field("weight", pa.float32(), nullable=False),
+        pa.field("rank", pa.uint64(), nullable=False),
+        pa.field("nn_id_row", pa.int32()),
+        pa.field("nn_id_cosine", pa.float32()),
+        pa.field("tar", pa.string(), nullable=False),
+        pa.field("tar_offset", pa.int64(), nullable=False),
+        pa.field("tar_size", pa.int64(), nullable=False),
+    ]
+)
+
+
+def write_subset(
+    pool: Pool, chosen: pa.Table, folder: Path, recipe: dict[str, Any], advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Write the images of ``chosen`` (weights-table rows in rank order) as a subset; returns subset.json's content.
+
+    Data first, ``subset.json`` last: a reader never sees half a subset. The same rows and recipe give the same
+    bytes. Raises MinerError when the disk is full; what was written before is replaced on the next run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "subset.json").unlink(missing_ok=True)
+    for stale in folder.glob("outliers-*.tar"):
+        stale.unlink()
+    places = _places(pool, chosen)
+    tars, rows = [], []
+    for number, start in enumerate(range(0, len(chosen), PER_TAR)):
+        name = f"outliers-{number:06d}.tar"
+        part = slice(start, start + PER_TAR)
+        rows += _write_tar(pool, folder / name, chosen.slice(start, PER_TAR), {k: v[part] for k, v in places.items()})
+        count = len(rows) - start
+        path = folder / name
+        tars.append({"name": name, "count": count, "bytes": path.stat().st_size, "sha256": sha256(str(path))})
+        advance(count)
+    manifest = pa.Table.from_pylist(rows, schema=MANIFEST)
+    with atomic(str(folder / "manifest.parquet")) as sink:
+        pq.write_table(manifest, sink, compression="zstd")
+    write_json(folder / "sizes.json", {tar["name"]: tar["count"] for tar in tars})
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "count": len(rows),
+        "fingerprint": hashlib.blake2b("".join(sorted(r["uid"] for r in rows)).encode(), digest_size=16).hexdigest(),
+        **recipe,
+        "tars": tars,
+        "manifest_sha256": sha256(str(folder / "manifest.parquet")),
+    }
+    write_json(folder / "subset.json", content)
+    return content
+
+
+def _places(pool: Pool, chosen: pa.Table) -> dict[str, np.ndarray]:
+    """Byte range and extension in the pool of each chosen row, in the order chosen."""
+    shard, row = chosen["shard"].to_numpy(), chosen["row"].to_numpy()
+    found = {"offset": np.zeros(len(shard), np.int64), "size": np.zeros(len(shard), np.int64)}
+    ext = np.full(len(shard), "", dtype=object)
+    for s in np.unique(shard):
+        here = np.flatnonzero(shard == s)
+        index = pool.shard_index(int(s), ["offset", "size", "ext"]).take(pa.array(row[here]))
+        found["offset"][here], found["size"][here] = index["offset"].to_numpy(), index["size"].to_numpy()
+        ext[here] = index["ext"].to_pylist()
+    return found | {"ext": ext}
+
+
+def _write_tar(pool: Pool, path: Path, chosen: pa.Table, places: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    images: list[bytes] = [b""] * len(chosen)
+    shard, row = chosen["shard"].to_numpy(), chosen["row"].to_numpy()
+    for s in np.unique(shard):
+        here = np.flatnonzero(shard == s)
+        here = here[np.argsort(places["offset"][here])]  # forward through the file
+        for i, data in zip(here, pool.read(int(s), row[here].tolist()), strict=True):
+            images[i] = data
+    rows = []
+    with TarWriter(str(path)) as tar:
+        for i, (record, data) in enumerate(zip(chosen.to_pylist(), images, strict=True)):
+            ext = places["ext"][i]
+            offset = tar.write(f"{record['key']}.{ext}", data)
+            if record["label"] is not None:
+                tar.write(f"{record['key']}.cls", str(record["label"]).encode())
+            tar.write(f"{record['key']}.json", json.dumps({"uid": record["uid"]}).encode())
+            rows.append(
+                {name: record[name] for name in MANIFEST.names if name in record}
+                | {
+                    "ext": ext,
+                    "pool_shard": pool.shards[record["shard"]].name,
+                    "pool_offset": int(places["offset"][i]),
+                    "pool_size": int(places["size"][i]),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                    "tar": path.name,
+                    "tar_offset": offset,
+                    "tar_size": len(data),
+                }
+            )
+    return rows
+
+
+class Subset(Dataset):
+    """Map-style torch dataset of a gamma-subset: item i is (image, -1), the images in rank order.
+
+    ``image`` is a uint8 tensor ``[3, H, W]``, or what ``transform`` makes of the PIL image (RGB).
+    """
+
+    def __init__(self, path: str | os.PathLike[str], transform: Callable[[Image.Image], Any] | None = None) -> None:
+        self.path, self.transform = Path(path), transform
+        recipe = self.path / "subset.json"
+        if not recipe.exists():
+            raise MinerError(f"{recipe}: missing; not a subset, or one whose export was cut off: export it again")
+        self.recipe: dict[str, Any] = json.loads(recipe.read_text())
+        if self.recipe.get("format") != FORMAT or self.recipe["version"] > VERSION:
+            raise MinerError(f"{recipe}: not a subset that this version reads; update outlier-miner")
+        self.manifest = pq.read_table(self.path / "manifest.parquet")
+        if len(self.manifest) != self.recipe["count"]:
+            raise MinerError(f"{self.path}/manifest.parquet: {len(self.manifest)} rows, not {self.recipe['count']}")
+        self._tar = self.manifest["tar"].to_pylist()
+        self._extent = list(
+            zip(self.manifest["tar_offset"].to_pylist(), self.manifest["tar_size"].to_pylist(), strict=True)
+        )
+
+    @property
+    def uids(self) -> list[str]:
+        """Content hashes, 32 hex characters each, in rank order."""
+        return list(self.manifest["uid"].to_pylist())
+
+    def __len__(self) -> int:
+        return len(self._tar)
+
+    def encoded(self, i: int) -> bytes:
+        """The image's bytes as they stood in the pool."""
+        return read_ranges(str(self.path / self._tar[i]), [self._extent[i]])[0]
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        with Image.open(io.BytesIO(self.encoded(i)), formats=("JPEG", "PNG", "WEBP")) as image:
+            rgb = image.convert("RGB")
+        if self.transform is not None:
+            return self.transform(rgb), OUTLIER
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), OUTLIER
+
+    def stream(self) -> "SubsetStream":
+        """The same items as an iterable dataset; DataLoader workers take turns, so that each item comes once."""
+        return SubsetStream(self)
+
+    def verify(self) -> None:
+        """Re-hash every tar, the manifest and every image; raises MinerError naming the first that differs."""
+        for tar in self.recipe["tars"]:
+            if sha256(str(self.path / tar["name"])) != tar["sha256"]:
+                raise MinerError(f"{self.path / tar['name']}: its bytes changed since it was written; export it again")
+        if sha256(str(self.path / "manifest.parquet")) != self.recipe["manifest_sha256"]:
+            raise MinerError(f"{self.path}/manifest.parquet: its bytes changed since it was written; export it again")
+        for i, expected in enumerate(self.manifest["sha256"].to_pylist()):
+            if hashlib.sha256(self.encoded(i)).hexdigest() != expected:
+                raise MinerError(f"{self.path / self._tar[i]}: image {self.manifest['key'][i]} is not the one recorded")
+
+
+class SubsetStream(IterableDataset):
+    """Iterable view of a ``Subset``."""
+
+    def __init__(self, subset: Subset) -> None:
+        self.subset = subset
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        return (self.subset[i] for i in range(first, len(self.subset), step))
+
+
+def load_subset(path: str | os.PathLike[str], transform: Callable[[Image.Image], Any] | None = None) -> Subset:
+    """Open a gamma-subset: ``subset[i]`` is (image, -1), ``subset.stream()`` iterates, ``subset.uids`` names them."""
+    return Subset(path, transform)

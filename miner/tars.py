@@ -1,0 +1,217 @@
+"""Reading foreign WebDataset tars without trusting them, and writing tars whose bytes repeat.
+
+Nothing is extracted, unpickled or followed: the reader looks at headers, takes the byte range of each image
+and the number in each `.cls`, and refuses an archive that holds anything dangerous or ambiguous.
+"""
+
+import io
+import itertools
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from miner.errors import MinerError, disk_full
+from miner.files import atomic
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+MAX_IMAGE = 16 << 20  # bytes
+LIMITS = {**dict.fromkeys(IMAGES, MAX_IMAGE), "cls": 64, "json": 1 << 20}
+PICKLES = frozenset(("pkl", "pickle", "pyd", "pth", "pt"))
+MAX_HEADER = 1 << 20  # bytes of one extended (pax or GNU) header
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a tar: ``size`` bytes at ``offset`` of the archive; label None without a .cls."""
+
+    key: str
+    ext: str
+    offset: int
+    size: int
+    label: int | None
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    key: str
+    ext: str
+    header: int
+    offset: int
+    size: int
+
+    @property
+    def role(self) -> str:
+        return "image" if self.ext in IMAGES else self.ext
+
+
+class _HeaderFile(io.FileIO):
+    """An archive of which tarfile may read headers only: no member can make it allocate gigabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"extended header of {size} bytes")
+        return super().read(size) or b""
+
+
+def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
+    """The images of an uncompressed WebDataset tar, in archive order.
+
+    Raises MinerError, naming file, member and byte offset, for: links, devices, sparse members, pickles,
+    absolute or climbing names, oversized members, a key with a dot, two images of one key, a key whose
+    members are not adjacent, a label that is no integer, an archive that is empty, cut off or corrupt.
+    """
+    where = os.fspath(path)
+    samples: list[Sample] = []
+    first: dict[str, _Member] = {}
+    with _HeaderFile(where) as file:
+        for key, group in itertools.groupby(_members(where, file), key=lambda member: member.key):
+            members = list(group)
+            if key in first:
+                raise _twice(where, first[key], members[0], "members of one key must be adjacent")
+            first[key] = members[0]
+            sample = _sample(where, file.fileno(), members)
+            if sample is not None:
+                samples.append(sample)
+    if not samples:
+        raise MinerError(f"{where}: no images in this tar (looked for {', '.join(IMAGES)})")
+    return samples
+
+
+def _members(path: str, file: _HeaderFile) -> Iterator[_Member]:
+    total = os.fstat(file.fileno()).st_size
+    stop = 0
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the caller closes the file
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # a million headers need not stay
+            member = _checked(path, info)
+            if info.size < 0 or info.offset_data + info.size > total:
+                raise _fault(path, info, f"cut off: its {info.size} bytes pass the end of the file")
+            if member is not None:
+                yield member
+            stop = tar.offset
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
+        raise MinerError(f"{path}: not a sound uncompressed tar: {error}, after byte {stop}") from None
+    _check_end(path, file, tar.offset)
+
+
+def _check_end(path: str, file: _HeaderFile, stop: int) -> None:
+    # tarfile ends its iteration without a word at a header that is cut off or has a wrong checksum.
+    file.seek(stop)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or any(block):
+        raise MinerError(f"{path}: cut off or corrupt header at byte {stop}; fetch or write this tar again")
+    while block := file.read(MAX_HEADER):
+        if block.count(0) != len(block):
+            raise MinerError(f"{path}: data after the end mark at byte {stop}; split joined tars first")
+
+
+def _checked(path: str, info: tarfile.TarInfo) -> _Member | None:
+    name = info.name
+    if name.startswith("/") or ".." in name.split("/"):
+        raise _fault(path, info, "refused: the name leaves the archive's folder")
+    if CONTROL.search(name):
+        raise _fault(path, info, "refused: control or undecodable characters in the name")
+    if info.type == tarfile.DIRTYPE:
+        return None
+    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or info.sparse is not None:
+        raise _fault(path, info, "refused: a link, device or sparse member; only plain files are read")
+    folder, _, base = name.removeprefix("./").rpartition("/")
+    stem, _, suffix = base.partition(".")
+    ext = suffix.lower()
+    parts = ext.split(".")
+    if not PICKLES.isdisjoint(parts):
+        raise _fault(path, info, "refused: a pickle, which can run code")
+    if not stem or parts[-1] not in LIMITS:
+        return None
+    if len(parts) > 1:
+        raise _fault(path, info, "a key must not hold a dot (WebDataset cuts keys at the first); rename it")
+    if info.size > LIMITS[ext]:
+        raise _fault(path, info, f"{info.size} bytes; at most {LIMITS[ext]} are read of a .{ext}")
+    key = f"{folder}/{stem}" if folder else stem
+    return _Member(name, key, ext, info.offset, info.offset_data, info.size)
+
+
+def _sample(path: str, descriptor: int, members: list[_Member]) -> Sample | None:
+    roles: dict[str, _Member] = {}
+    for member in members:
+        if member.role in roles:
+            raise _twice(path, roles[member.role], member, f"one {member.role} a key")
+        roles[member.role] = member
+    image, label = roles.get("image"), roles.get("cls")
+    if image is None:
+        if label is not None:
+            raise MinerError(f"{path}: member {label.name!r} at byte {label.header}: label without image")
+        return None
+    number = _label(path, descriptor, label) if label else None
+    return Sample(image.key, image.ext, image.offset, image.size, number)
+
+
+def _label(path: str, descriptor: int, member: _Member) -> int:
+    text = os.pread(descriptor, member.size, member.offset).strip()
+    if not re.fullmatch(rb"-?[0-9]{1,10}", text) or not -(2**31) <= int(text) < 2**31:
+        raise MinerError(f"{path}: member {member.name!r} at byte {member.header}: {text!r} is no label")
+    return int(text)
+
+
+def _fault(path: str, info: tarfile.TarInfo, why: str) -> MinerError:
+    return MinerError(f"{path}: member {info.name!r} at byte {info.offset}: {why}")
+
+
+def _twice(path: str, one: _Member, other: _Member, why: str) -> MinerError:
+    return MinerError(
+        f"{path}: key {one.key!r} comes twice: member {one.name!r} at byte {one.header} and {other.name!r} "
+        f"at byte {other.header}; {why}"
+    )
+
+
+class TarWriter:
+    """A plain ustar file, complete or absent, whose bytes depend on names and data alone.
+
+    Modification time 0, owner 0, mode 0644. Use as a context manager, or call ``close``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._atomic = atomic(self.path)
+        self._file = self._atomic.__enter__()
+        self._tar = tarfile.open(fileobj=self._file, mode="w:", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def write(self, name: str, data: bytes) -> int:
+        """Append one member; returns the offset of its data in the archive, in bytes.
+
+        Raises MinerError for a name that ustar cannot hold (over 100 bytes) and for a full disk.
+        """
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        offset = self._tar.offset + tarfile.BLOCKSIZE
+        try:
+            self._tar.addfile(info, io.BytesIO(data))
+        except ValueError as error:
+            raise MinerError(f"{self.path}: member {name!r}: {error}; shorten the name") from None
+        except OSError as error:
+            raise disk_full(error, self.path) or error from error
+        return offset
+
+    def close(self) -> None:
+        """Finish the archive and move it to its name."""
+        self.__exit__(None, None, None)
+
+    def __enter__(self) -> "TarWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            try:
+                self._tar.close()
+            except OSError as failure:
+                self._atomic.__exit__(type(failure), failure, failure.__traceback__)
+                raise
+        self._atomic.__exit__(kind, error, trace)

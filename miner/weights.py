@@ -1,0 +1,184 @@
+"""One shard's live columns in numpy, their Arrow snapshots, and THE schema of the weights table."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from miner import rules
+from miner.errors import MinerError
+from miner.files import atomic
+from miner.rules import Floats, Sums
+
+FORMAT_VERSION = 1
+REASONS = ("", "exclude-list", "duplicate", "decode", "near-id")  # codes of ``excluded``; "" is eligible
+
+TABLE = pa.schema(
+    [
+        pa.field("uid", pa.string(), nullable=False),  # BLAKE2b-128 of the stored bytes, 32 hex characters
+        pa.field("key", pa.string(), nullable=False),  # WebDataset key
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),  # row within the shard
+        pa.field("label", pa.int32()),  # the pool's own class index
+        pa.field("weight", pa.float32(), nullable=False),  # mean 1 over eligible rows; 0 where excluded
+        pa.field("loss", pa.float32()),  # latest uniformity loss (paper Eq. 5)
+        pa.field("loss_mean", pa.float32()),  # over all visits
+        pa.field("visits", pa.uint32(), nullable=False),
+        pa.field("rank", pa.uint64()),  # a gamma-subset is rank < floor(gamma N); null where excluded
+        pa.field("nn_id_row", pa.int32()),  # nearest training image of the ID set under the frozen classifier
+        pa.field("nn_id_cosine", pa.float32()),
+        pa.field("nn50_id_cosine", pa.float32()),  # 50th nearest: what the leak guard judges by
+        pa.field("stratum", pa.int32()),  # feature cluster
+        pa.field("excluded_by", pa.dictionary(pa.int8(), pa.string())),
+    ]
+)
+
+_LIVE = {
+    "excluded": np.int8,
+    "state": np.float64,  # hedge: log w; reference: v; every other rule: w
+    "momentum": np.float64,  # reference only
+    "average": np.float64,  # hedge: sum over rounds of the normalised weights
+    "loss": np.float32,
+    "loss_sum": np.float64,
+    "visits": np.uint32,
+    "nn_id_row": np.int32,
+    "nn_id_cosine": np.float32,
+    "nn50_id_cosine": np.float32,
+    "stratum": np.int32,
+}
+
+
+@dataclass
+class ShardState:
+    """The columns of one shard, ``[n]`` each, dtypes in ``_LIVE``, and the rule that moves them."""
+
+    rule: str
+    columns: dict[str, np.ndarray]
+    swept: int = -1  # last round whose losses were applied: applying a round twice is a no-op
+    averaged: int = -1
+
+    @classmethod
+    def fresh(cls, rule: str, rows: int) -> "ShardState":
+        """Uniform weights, nothing scored yet."""
+        columns = {name: np.zeros(rows, dtype) for name, dtype in _LIVE.items()}
+        if rule not in ("hedge", "reference"):
+            columns["state"] += 1.0
+        for name in ("loss", "nn_id_cosine", "nn50_id_cosine"):
+            columns[name] += np.float32(np.nan)
+        columns["nn_id_row"] -= 1
+        return cls(rule, columns)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+    @property
+    def eligible(self) -> np.ndarray:
+        """Rows that take part in the game, bool ``[n]``."""
+        return self["excluded"] == 0
+
+    def exclude(self, rows: np.ndarray, reason: str) -> None:
+        """Take rows (indices or mask) out of the game; the first reason given stays."""
+        chosen = np.zeros(len(self["excluded"]), bool)
+        chosen[rows] = True
+        self["excluded"][chosen & self.eligible] = REASONS.index(reason)
+
+    def weight(self) -> Floats:
+        """Weights the game is played with now, float64 ``[n]``; 0 where excluded."""
+        state = self["state"]
+        live = np.exp(state) if self.rule == "hedge" else rules.softplus(state) if self.rule == "reference" else state
+        return np.where(self.eligible, live, 0.0)
+
+    def outcome(self) -> Floats:
+        """Weights to select by: hedge's average over rounds, every other rule's latest; 0 where excluded."""
+        return np.where(self.eligible, self["average"], 0.0) if self.rule == "hedge" else self.weight()
+
+    def apply_losses(self, round_: int, loss_N: np.ndarray) -> None:
+        """Take in one sweep's losses (float32 ``[n]``), once a round."""
+        if self.swept >= round_:
+            return
+        self["loss"][:] = loss_N
+        self["loss_sum"][:] += np.where(self.eligible, loss_N.astype(np.float64), 0.0)
+        self["visits"][:] += self.eligible.astype(np.uint32)
+        self.swept = round_
+
+    def loss_mean(self) -> Floats:
+        """Mean loss over all visits, float64 ``[n]``; NaN where never visited."""
+        visits = self["visits"]
+        return np.where(visits > 0, self["loss_sum"] / np.maximum(visits, 1), np.nan)
+
+    def sums(self) -> Sums:
+        """This shard's part of the round's global sums."""
+        keep = self.eligible
+        return rules.shard_sums(self.weight()[keep], self["loss"][keep].astype(np.float64))
+
+    def write(self, path: Path) -> None:
+        """Snapshot the live columns as an Arrow IPC file (memory-mappable), atomically."""
+        metadata = {"rule": self.rule, "swept": str(self.swept), "averaged": str(self.averaged)}
+        table = pa.table({name: pa.array(self.columns[name]) for name in _LIVE}).replace_schema_metadata(metadata)
+        write_arrow(table, path)
+
+    @classmethod
+    def read(cls, path: Path) -> "ShardState":
+        """Restore a snapshot; raises MinerError naming the file when it is damaged."""
+        table = read_arrow(path)
+        metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        if set(table.column_names) != set(_LIVE) or "rule" not in metadata:
+            raise MinerError(f"{path}: not a weights snapshot of this version; start the run in a new --out folder")
+        columns = {name: table[name].to_numpy().astype(dtype) for name, dtype in _LIVE.items()}
+        return cls(metadata["rule"], columns, int(metadata["swept"]), int(metadata["averaged"]))
+
+
+def final_table(
+    index: pa.Table, state: ShardState, scale: float, rank_N: np.ndarray, metadata: dict[str, str]
+) -> pa.Table:
+    """One shard of THE weights table: pool index columns beside learned ones, in schema ``TABLE``.
+
+    ``scale`` brings the outcome weights to mean 1 over the whole pool's eligible rows.
+    """
+    keep, seen = state.eligible, state["nn_id_row"] >= 0
+    excluded = pa.array([REASONS[code] or None for code in state["excluded"]], pa.string())
+    values: dict[str, Any] = {name: index[name].combine_chunks() for name in ("uid", "key", "shard", "row", "label")}
+    values |= {
+        "weight": (state.outcome() * scale).astype(np.float32),
+        "loss": _nullable(state["loss"], ~np.isnan(state["loss"])),
+        "loss_mean": _nullable(state.loss_mean().astype(np.float32), state["visits"] > 0),
+        "visits": state["visits"],
+        "rank": _nullable(rank_N, keep),
+        "nn_id_row": _nullable(state["nn_id_row"], seen),
+        "nn_id_cosine": _nullable(state["nn_id_cosine"], seen),
+        "nn50_id_cosine": _nullable(state["nn50_id_cosine"], seen),
+        "stratum": state["stratum"],
+        "excluded_by": excluded.dictionary_encode().cast(TABLE.field("excluded_by").type),
+    }
+    arrays = [pa.array(values[field.name]).cast(field.type) for field in TABLE]
+    return pa.Table.from_arrays(arrays, schema=TABLE.with_metadata(metadata))
+
+
+def _nullable(values: np.ndarray, valid: np.ndarray) -> pa.Array:
+    return pa.array(values, mask=~valid)
+
+
+def write_arrow(table: pa.Table, path: Path) -> None:
+    """Write an Arrow IPC file; a reader sees all of it or none. Raises MinerError when the disk is full."""
+    with atomic(str(path)) as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_arrow(path: Path) -> pa.Table:
+    """Memory-map an Arrow IPC file; raises MinerError naming it when it is missing or damaged."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_file(source).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise MinerError(f"{path}: cannot be read as Arrow ({error}); restore the file or mine again") from None
+
+
+def load_weights(run: str | os.PathLike[str]) -> pa.Table:
+    """The weights table of a finished run (``TABLE``), rows in (shard, row) order."""
+    files = sorted((Path(run) / "weights").glob("shard-*.arrow"))
+    if not files:
+        raise MinerError(f"{run}: no weights/shard-*.arrow here; finish the run first")
+    return pa.concat_tables([read_arrow(path) for path in files])

@@ -1,0 +1,143 @@
+"""Make a pool of background images, or check one.
+
+python -m pipelines.shard --source folder --input imagenet/train --name imagenet
+
+The pool is a folder of WebDataset tars with an index and a manifest. Existing tars, `.npy` arrays and
+`tiny_images.bin` are adopted where they lie. Every core works, on a cluster every node (`--address auto`;
+source and pool then lie on a disk that all nodes see). Stopped? The same command goes on where it was.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from miner.build import finish, prepare, run_job
+from miner.errors import UsageError
+from miner.pool import Pool, pools_folder, resolve
+from miner.sources import Recipe
+from pipelines.cli import connect, disconnect, each, run
+
+
+@dataclass(frozen=True)
+class Config:
+    """Make a pool of background images, or check one."""
+
+    source: Literal["folder", "tars", "npy", "tiny-images"] = "folder"
+    """folder: one sub-folder a class. tars: WebDataset .tar (adopted in place) or .tar.gz (expanded into the
+    pool). npy: uint8 [N, H, W, 3], adopted in place. tiny-images: your copy of tiny_images.bin, in place."""
+    input: tuple[str, ...] = ()
+    """The folder, or the files, or folders of files."""
+    name: str | None = None
+    """Name to mine it by: `--pool NAME`. Letters, digits, `-`, `_` and dots."""
+    out: str | None = None
+    """Folder of the pool. Default: NAME under $OUTLIER_POOLS or ~/.local/share/outlier-miner/pools."""
+    glob: str = "*"
+    """Which files of an input folder, e.g. `train-*`."""
+    exclude_list: str | None = None
+    """tiny-images: file of image numbers to leave out, counted from 1, one a line."""
+    licence: str = ""
+    """Terms of the images; copied into every subset that is mined from them."""
+    per_shard: int | None = None
+    """Images a shard. Default: 10000 in a tar, 65536 in a raw file."""
+    workers: int | None = None
+    """Tasks at a time. Default: one a core. 1: without Ray."""
+    address: str | None = None
+    """Ray cluster to join, `auto` on its head node. Default: this machine alone."""
+    verify: bool = False
+    """Hash every shard and image of the existing pool (--name or --out) again, and make nothing."""
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    if config.workers is not None and config.workers < 1:
+        raise UsageError(f"--workers {config.workers}: at least 1")
+    if config.verify:
+        verify(config)
+    else:
+        make(config)
+
+
+def make(config: Config) -> None:
+    """Make the pool that ``config`` asks for. Raises MinerError or UsageError."""
+    name, folder = destination(config)
+    recipe = Recipe(config.source, config.input, config.glob, config.exclude_list, config.per_shard)
+    plan = prepare(recipe, folder)
+    tracked(config, run_job, [(folder, job) for job in plan.jobs], "sharding")
+    pool = finish(recipe, folder, name, plan, config.licence)
+    for reason, count in plan.skipped.items():
+        if count:
+            print(f"skipped {count:,} files: {reason}")
+    report(pool)
+    print(f"next: python -m pipelines.resample --pool {folder if config.out else name} --gamma 0.01")
+
+
+def verify(config: Config) -> None:
+    """Check every byte of a pool. Raises MinerError naming the first file that differs."""
+    where = config.out or config.name
+    if not where:
+        raise UsageError("--verify: name the pool with --name or --out")
+    pool = Pool.open(resolve(where))
+    tracked(config, verify_shard, [(pool, shard) for shard in range(len(pool.shards))], "verifying")
+    pool.verify_fingerprint()
+    report(pool)
+    print("verified: every shard and every image is as recorded")
+
+
+def verify_shard(pool: Pool, shard: int) -> int:
+    """Check one shard; returns its number of images."""
+    pool.verify_shard(shard)
+    return pool.shards[shard].count
+
+
+def destination(config: Config) -> tuple[str, str]:
+    """(name, absolute folder) of the pool to make. Raises UsageError."""
+    name = config.name or (os.path.basename(os.path.abspath(config.out)) if config.out else "")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise UsageError(f"--name {name!r}: letters, digits, '-', '_' and dots, please")
+    return name, os.path.abspath(config.out or os.path.join(pools_folder(), name))
+
+
+def tracked(
+    config: Config, function: Callable[..., int], calls: Sequence[tuple[Any, ...]], what: str
+) -> None:
+    """Run calls that return numbers of images behind a progress bar.
+
+    They run on Ray; a single call, or ``--workers 1`` on this machine, needs no second process.
+    """
+    results: Iterator[tuple[int, int]]
+    if config.address is None and (config.workers == 1 or len(calls) == 1):
+        results = ((i, function(*call)) for i, call in enumerate(calls))
+    else:
+        slots = connect(config.address, config.workers)
+        results = each(function, calls, config.workers or 2 * slots)
+    console = Console(stderr=True)
+    speed = TextColumn("shards, {task.fields[images]:,} images, {task.fields[rate]:,.0f}/s")
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task, images = bar.add_task(what, total=len(calls), images=0, rate=0.0), 0
+            for _, count in results:
+                images += count
+                bar.update(task, advance=1, images=images, rate=images / (bar.tasks[0].elapsed or 1e-9))
+    finally:
+        disconnect()
+
+
+def report(pool: Pool) -> None:
+    """Print where a pool lies and what identifies it."""
+    size = sum(shard.bytes for shard in pool.shards)
+    print(f"pool {pool.name}: {pool.path}")
+    print(
+        f"{pool.count:,} images in {len(pool.shards):,} shards, {len(pool.classes)} classes, {size:,} bytes"
+    )
+    print(f"fingerprint {pool.fingerprint}")
+
+
+if __name__ == "__main__":
+    run(main)

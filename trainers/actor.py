@@ -1,0 +1,150 @@
+"""TrainerActor: scores blocks of the pool forward-only and takes the game's training steps. GPU when there is one."""
+
+import os
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from safetensors.torch import load, save
+
+from miner.neighbors import NearestID, assign_strata, fit_strata
+from trainers import models
+from trainers.data import IdSet, augment, normalise
+from trainers.train import PretrainConfig, autocast, joint_step, place, pretrain, uniformity
+
+_FORWARD = 256  # images a forward pass on a CPU (fits its caches); who scores a block must not change the arithmetic
+
+
+class Trainer:
+    """One classifier and the ID set, as a plain class: tests use it without Ray."""
+
+    def __init__(
+        self, model: str, id_set: IdSet, seed: int, threads: int, alpha: float, lr: float, batch: int
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.threads, self.seed, self.alpha, self.batch = threads, seed, alpha, batch
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.id_set = id_set
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net = place(models.create(model, len(id_set.classes)), self.device).eval()
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+        self.nearest: NearestID | None = None
+        self.centroids: np.ndarray | None = None
+        self.told: dict[str, Any] = {}
+
+    def where(self) -> dict[str, Any]:
+        """Device and process, for the log."""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {self.threads} threads"
+        return {"device": name, "pid": os.getpid()}
+
+    def pretrain(self, config: PretrainConfig) -> dict[str, Any]:
+        """Train on the ID set from scratch; returns what ``trainers.train.pretrain`` reports."""
+        report = pretrain(self.net, self.id_set, config, self.seed, self.device, self.told.update)
+        self.net.eval()
+        return report
+
+    @ray.method(concurrency_group="tell")
+    def progress(self) -> dict[str, Any]:
+        """The latest progress report of a ``pretrain`` going on in another thread."""
+        return dict(self.told)
+
+    def state(self) -> bytes:
+        """Classifier and optimiser state as safetensors bytes (names ``net.*`` and ``momentum.*``)."""
+        tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
+        for i, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
+            buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if buffer is not None:
+                tensors[f"momentum.{i}"] = buffer
+        return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+
+    def set_state(self, blob: bytes) -> None:
+        """Take over what ``state`` gave; a state without momentum resets the optimiser."""
+        tensors = load(blob)
+        self.net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
+        self.optimizer.state.clear()
+        for i, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
+            if f"momentum.{i}" in tensors:
+                buffer = tensors[f"momentum.{i}"].to(self.device)
+                self.optimizer.state[parameter]["momentum_buffer"] = buffer.to(memory_format=torch.preserve_format)
+        self.net.eval()
+
+    # --- the frozen classifier: features, neighbours, strata ---------------------------------------------------
+
+    @torch.inference_mode()
+    def _forward(self, images_BHWC: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float32 features and logits. The head runs in float32: bfloat16 logits would tie a third of the losses."""
+        features, logits = [], []
+        size = _FORWARD if self.device.type == "cpu" else len(images_BHWC)
+        for start in range(0, len(images_BHWC), size):
+            part = torch.tensor(images_BHWC[start : start + size])
+            with autocast(self.device):
+                trunk = self.net.features(normalise(part.to(self.device, non_blocking=True)))
+            features.append(trunk.float())
+            logits.append(self.net.head(trunk.float()))
+        return torch.cat(features), torch.cat(logits)
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Penultimate features float32 ``[n, D]`` of uint8 images ``[n, S, S, 3]``."""
+        return self._forward(images)[0].cpu().numpy()
+
+    def look_up_id(self) -> None:
+        """Index the ID training set under the classifier as it is now."""
+        self.nearest = NearestID(self.features(self.id_set.train_images), self.threads)
+
+    def fit_strata(self, strata: int, *parts: np.ndarray) -> np.ndarray:
+        """k-means centroids of the given images' features, float32 ``[strata, D]``."""
+        return fit_strata(self.features(np.concatenate(parts)), strata, self.seed, self.threads)
+
+    def set_centroids(self, centroids: np.ndarray) -> None:
+        """Strata that ``score`` assigns images to."""
+        self.centroids = centroids
+
+    # --- the game ------------------------------------------------------------------------------------------------
+
+    def score(self, images: np.ndarray, look_up: bool) -> dict[str, np.ndarray]:
+        """Uniformity loss float32 ``[n]`` of each image; with ``look_up`` nearest ID images and stratum beside it."""
+        features, logits = self._forward(images)
+        scores = {"loss": uniformity(logits).cpu().numpy()}
+        if look_up:
+            vectors = features.cpu().numpy()
+            if self.nearest is not None:
+                found = self.nearest.query(vectors)
+                scores |= dict(zip(("nn_id_row", "nn_id_cosine", "nn50_id_cosine"), found, strict=True))
+            if self.centroids is not None:
+                scores["stratum"] = assign_strata(vectors, self.centroids)
+        return scores
+
+    def train(
+        self, round_: int, first: int, order: np.ndarray, factors: np.ndarray | None, *parts: np.ndarray
+    ) -> tuple[list[float], np.ndarray]:
+        """Descend CE(ID) + alpha L_out for ``len(order) / batch`` steps, numbered from ``first`` in the round.
+
+        ``parts`` hold the background images shard by shard, ``order`` brings them into batch order; ``factors``
+        (float64, in batch order) weight their losses. Returns cross-entropies a step and losses an image.
+        Random views and ID draws depend on (seed, round, step) only.
+        """
+        images = np.concatenate(parts)[order]
+        entropies, losses = [], []
+        for step, start in enumerate(range(0, len(images), self.batch), first):
+            mixed = np.random.SeedSequence([self.seed, round_, step]).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(mixed[0]))
+            rows = torch.randint(len(self.id_set.train_labels), (self.batch,), generator=generator)
+            labels = torch.from_numpy(self.id_set.train_labels[rows.numpy()]).to(self.device)
+            inside = torch.from_numpy(self.id_set.train_images[rows.numpy()]).to(self.device)
+            outside = torch.from_numpy(images[start : start + self.batch]).to(self.device)
+            both = normalise(augment(torch.cat([inside, outside]), generator, self.id_set.flip))
+            weight = None
+            if factors is not None:
+                weight = torch.from_numpy(factors[start : start + self.batch].astype(np.float32)).to(self.device)
+            entropy, loss = joint_step(
+                self.net, self.optimizer, both[: len(inside)], labels, both[len(inside) :], weight, self.alpha
+            )
+            entropies.append(entropy)
+            losses.append(loss.cpu().numpy())
+        return entropies, np.concatenate(losses)
+
+
+# One thread works, one call at a time in the order they came; the other answers ``progress`` meanwhile.
+TrainerActor = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"tell": 1})(Trainer)

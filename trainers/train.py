@@ -1,0 +1,298 @@
+"""Pre-training on ID, the joint step of the game, and outlier-exposure fine-tuning."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miner.errors import MinerError, UsageError
+from trainers.checkpoint import load_checkpoint as load_checkpoint
+from trainers.checkpoint import load_net as load_net
+from trainers.checkpoint import save_checkpoint as save_checkpoint
+from trainers.data import IdSet, augment, normalise, tensor
+
+Progress = Callable[[dict], None]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Train a classifier on the ID set: SGD with Nesterov momentum, linear warm-up, then a cosine to zero.
+
+    The defaults are tuned for ``small``; the papers' wide nets want about 100 epochs at lr 0.1, batch 128.
+    """
+
+    epochs: int = 15
+    """Passes over the ID training set."""
+    batch: int = 256
+    """Images a step."""
+    lr: float = 0.2
+    """Peak learning rate."""
+    warmup: float = 0.2
+    """Share of all steps in which the learning rate climbs to its peak."""
+    weight_decay: float = 5e-4
+    """L2 penalty on all parameters."""
+    label_smoothing: float = 0.0
+    """Probability spread evenly over all classes; above zero it blurs the confidence that scores rely on."""
+
+    def __post_init__(self) -> None:
+        _check(self.epochs, self.batch, self.lr)
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"warmup {self.warmup}: must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """Outlier exposure: a joint train-mode forward of ID and outliers, SGD with Nesterov momentum, cosine."""
+
+    epochs: int = 8
+    """Passes over the ID training set."""
+    batch: int = 128
+    """ID images a step; as many outliers join them."""
+    lr: float = 0.02
+    """Learning rate at the start."""
+    weight_decay: float = 5e-4
+    """L2 penalty on all parameters."""
+    alpha: float = 0.5
+    """Weight of the outliers' uniformity loss beside the ID cross-entropy."""
+
+    def __post_init__(self) -> None:
+        _check(self.epochs, self.batch, self.lr)
+
+
+def _check(epochs: int, batch: int, lr: float) -> None:
+    if epochs < 1 or batch < 2 or not lr > 0:
+        raise UsageError(
+            f"epochs {epochs}, batch {batch}, lr {lr}: at least 1, at least 2 and above 0 are needed"
+        )
+
+
+def amp_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where it pays (CUDA, CPUs with AVX512-BF16 or AMX), else None: plain float32."""
+    cpu_has_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device.type == "cuda" or (device.type == "cpu" and cpu_has_it) else None
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """The mixed-precision context of every forward pass here; does nothing where ``amp_dtype`` is None."""
+    dtype = amp_dtype(device)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def place(net: nn.Module, device: torch.device) -> nn.Module:
+    """Move ``net`` to ``device`` in channels_last layout, which the convolutions are fastest in."""
+    return net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def uniformity(logits: Tensor) -> Tensor:
+    """KL(U||p) = logsumexp(z) - mean(z) - log K in float32, one per row [n]; 0 = uniform (paper eq. 5)."""
+    logits = logits.float()
+    return logits.logsumexp(dim=1) - logits.mean(dim=1) - math.log(logits.shape[1])
+
+
+def predict(net: nn.Module, images: Tensor, batch: int = 1000) -> Tensor:
+    """Eval-mode logits float32 [n, K] on the net's device for uint8 images [n, S, S, 3] anywhere."""
+    device = next(net.parameters()).device
+    was_training = net.training
+    net.eval()
+    with torch.no_grad(), autocast(device):
+        logits = [net(normalise(part.to(device))).float() for part in images.split(batch)]
+    net.train(was_training)
+    return torch.cat(logits)
+
+
+def accuracy(net: nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
+    """Share in [0, 1] of uint8 images [n, S, S, 3] whose largest logit is the label's (eval mode)."""
+    guesses = predict(net, tensor(images)).argmax(dim=1).cpu().numpy()
+    return float((guesses == labels).mean())
+
+
+def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, where: str) -> float:
+    """One step down ``loss``; returns its value. Raises MinerError, changing nothing, if it is not finite."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise MinerError(f"{where}: the loss became {value}; lower the learning rate (--lr)")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return value
+
+
+def joint_step(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    id_images: Tensor,
+    id_labels: Tensor,
+    outlier_images: Tensor,
+    factors: Tensor | None,
+    alpha: float,
+) -> tuple[float, Tensor]:
+    """One descent step on mean CE(ID) + alpha * mean(factors * uniformity(outliers)), from ONE joint forward.
+
+    Images are normalised float32 [*, 3, S, S]; ``factors`` float32 [B] or None for ones. The net's mode is
+    the caller's: eval while mining (frozen BatchNorm, so that no loss depends on its batch-mates), train in
+    outlier exposure. Returns (cross-entropy, outlier losses float32 [B]), both before the step.
+    Raises MinerError when the loss is not finite; the net is then unchanged.
+    """
+    with autocast(id_images.device):
+        logits = net(torch.cat([id_images, outlier_images])).float()
+    cross_entropy = F.cross_entropy(logits[: len(id_images)], id_labels)
+    losses = uniformity(logits[len(id_images) :])
+    weighted = losses if factors is None else factors * losses
+    _descend(optimizer, cross_entropy + alpha * weighted.mean(), "joint step")
+    return cross_entropy.item(), losses.detach()
+
+
+@contextmanager
+def _own_randomness(seed: int, device: torch.device) -> Iterator[torch.Generator]:
+    """A CPU generator for order and augmentation; dropout's global generator is seeded and put back after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield torch.Generator().manual_seed(seed)
+
+
+class _Meter:
+    """Reports about once a second: images/s, epoch, mean loss since the last report, seconds left."""
+
+    def __init__(self, phase: str, epochs: int, steps: int, on_progress: Progress) -> None:
+        self.phase, self.epochs, self.steps, self.report = phase, epochs, steps, on_progress
+        self.start = self.last = time.monotonic()
+        self.images = self.count = 0
+        self.loss = 0.0
+
+    def add(self, step: int, images: int, loss: float) -> None:
+        self.images, self.count, self.loss = self.images + images, self.count + 1, self.loss + loss
+        now = time.monotonic()
+        if now - self.last < 1.0 and step + 1 < self.steps:
+            return
+        self.report(
+            {
+                "phase": self.phase,
+                "epoch": step * self.epochs // self.steps + 1,
+                "epochs": self.epochs,
+                "step": step + 1,
+                "steps": self.steps,
+                "loss": self.loss / self.count,
+                "images_per_s": self.images / max(now - self.last, 1e-9),
+                "seconds_left": (now - self.start) / (step + 1) * (self.steps - step - 1),
+            }
+        )
+        self.last, self.images, self.count, self.loss = now, 0, 0, 0.0
+
+
+def _sgd(net: nn.Module, lr: float, weight_decay: float) -> torch.optim.SGD:
+    return torch.optim.SGD(net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, peak: float, done: float, warmup: float) -> None:
+    """Linear from 0 to ``peak`` while ``done`` (share of all steps) is below ``warmup``, then cosine to 0."""
+    rest = (done - warmup) / (1 - warmup)
+    lr = peak * (done / warmup if done < warmup else (1 + math.cos(math.pi * rest)) / 2)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _batches(n: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index batches: a fresh permutation of ``n`` each epoch, its incomplete last batch dropped."""
+    size = min(size, n)
+    for _ in range(epochs):
+        order = torch.randperm(n, generator=generator)
+        yield from order[: n // size * size].split(size)
+
+
+def pretrain(
+    net: nn.Module,
+    id_set: IdSet,
+    config: PretrainConfig,
+    seed: int,
+    device: torch.device,
+    on_progress: Progress,
+) -> dict:
+    """Train ``net`` in place on ``id_set``; returns test accuracy, train_loss (last epoch), images, seconds.
+
+    Bit-identical for the same seed, thread count and machine (on CUDA up to its own kernels' order).
+    Raises MinerError naming epoch and step when the loss is not finite.
+    """
+    place(net, device).train()
+    images, labels = tensor(id_set.train_images), tensor(id_set.train_labels)
+    images, labels = images.to(device), labels.to(device)
+    per_epoch = max(1, len(images) // config.batch)
+    steps = per_epoch * config.epochs
+    optimizer = _sgd(net, config.lr, config.weight_decay)
+    meter = _Meter("pretrain", config.epochs, steps, on_progress)
+    recent: list[float] = []
+    with _own_randomness(seed, device) as generator:
+        for step, rows in enumerate(_batches(len(images), config.batch, config.epochs, generator)):
+            _set_lr(optimizer, config.lr, (step + 1) / steps, config.warmup)
+            rows = rows.to(device)
+            x = normalise(augment(images[rows], generator, id_set.flip))
+            with autocast(device):
+                logits = net(x)
+            loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=config.label_smoothing)
+            where = f"pre-training, epoch {step // per_epoch + 1}, step {step % per_epoch + 1}"
+            value = _descend(optimizer, loss, where)
+            recent = [*recent, value][-per_epoch:]
+            meter.add(step, len(rows), value)
+    result = {"accuracy": accuracy(net, id_set.test_images, id_set.test_labels)}
+    return result | {
+        "train_loss": sum(recent) / len(recent),
+        "images": steps * min(config.batch, len(images)),
+        "seconds": time.monotonic() - meter.start,
+    }
+
+
+def fine_tune(
+    net: nn.Module,
+    id_set: IdSet,
+    outliers: np.ndarray,
+    config: FineTuneConfig,
+    seed: int,
+    device: torch.device,
+    on_progress: Progress,
+) -> dict:
+    """Outlier exposure of ``net``, in place, to ``outliers`` uint8 [m, S, S, 3]; returns accuracy, seconds.
+
+    Every step sees ``batch`` ID images and as many outliers, both augmented, in one train-mode forward. The
+    outliers are reshuffled and cycled when a run needs more than m. Raises MinerError when there are none,
+    when their size is not that of the ID images, and when the loss is not finite.
+    """
+    if len(outliers) == 0 or outliers.shape[1:] != id_set.train_images.shape[1:]:
+        raise MinerError(
+            f"fine-tuning: outliers {list(outliers.shape)}, ID images {list(id_set.train_images.shape)}; "
+            "some of the same size are needed"
+        )
+    place(net, device).train()
+    images, labels = tensor(id_set.train_images), tensor(id_set.train_labels)
+    images, labels, pool = images.to(device), labels.to(device), tensor(outliers).to(device)
+    batch = min(config.batch, len(images))
+    steps = len(images) // batch * config.epochs
+    optimizer = _sgd(net, config.lr, config.weight_decay)
+    meter = _Meter("fine-tune", config.epochs, steps, on_progress)
+    with _own_randomness(seed, device) as generator:
+        id_rows = _batches(len(images), batch, config.epochs, generator)
+        for step, (rows, others) in enumerate(
+            zip(id_rows, _cycle(len(pool), batch, generator), strict=False)
+        ):
+            _set_lr(optimizer, config.lr, step / steps, warmup=0.0)
+            rows, others = rows.to(device), others.to(device)
+            x = normalise(augment(images[rows], generator, id_set.flip))
+            o = normalise(augment(pool[others], generator, id_set.flip))
+            loss, losses = joint_step(net, optimizer, x, labels[rows], o, None, config.alpha)
+            meter.add(step, 2 * batch, loss + config.alpha * losses.mean().item())
+    score = accuracy(net, id_set.test_images, id_set.test_labels)
+    return {"accuracy": score, "seconds": time.monotonic() - meter.start}
+
+
+def _cycle(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index batches of exactly ``size`` without end, cut from one permutation of ``n`` after another."""
+    rows = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(rows) < size:
+            rows = torch.cat([rows, torch.randperm(n, generator=generator)])
+        yield rows[:size]
+        rows = rows[size:]
