@@ -119,13 +119,13 @@ class PoolShards:
         loss = self.state[shard].loss_mean()[self.state[shard].eligible]
         return float(len(loss)), float(loss.sum()), float(loss.max(initial=0.0))
 
-    def update(self, shard: int, round_: int, total: Sums, level: float) -> float:
+    def update(self, shard: int, round_: int, total: Sums, scale: float, level: float) -> float:
         """Apply the rule to every row of a shard, once a round; returns the new sum of weights."""
         state = self.state[shard]
         if state.averaged < round_:
             loss = np.where(state.eligible, state["loss"], 0.0).astype(np.float64)
             if self.rule == "hedge":
-                state["state"][:] = rules.hedge(state["state"], loss, total, self.eta)
+                state["state"][:] = rules.hedge(state["state"], loss, total, scale, self.eta)
             elif self.rule == "paper":
                 state["state"][:] = rules.paper(state["state"], loss, total, self.eta)
             elif self.rule == "equilibrium":

@@ -5,6 +5,7 @@ shard order, trains the classifier on batches drawn from the new weights, and co
 random numbers depend on (seed, round, shard, uid), never on how many actors there are.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Game:
     run: RunDir
     display: Display
     on_round: Callable[[dict[str, Any]], None]
+    scale: float = 0.0  # spread of the first sweep's losses; 0: not known yet
 
     def play(self, first: int) -> None:
         """Rounds ``first`` to the last one."""
@@ -141,8 +143,9 @@ class Game:
     def update(self, round_: int) -> dict[str, Any]:
         """Reduce the global sums in shard order, apply the rule to every row, and report the new L_out."""
         before = rules.add_sums(self.crew.each("sums"))
+        self.scale = self.scale or rules.loss_std(before)
         level = self.equilibrium_level() if self.config.game.rule == "equilibrium" else 0.0
-        new_weight = sum(self.crew.each("update", round_, before, level))
+        new_weight = sum(self.crew.each("update", round_, before, self.scale, level))
         if not np.isfinite(new_weight) or new_weight <= 0:
             raise MinerError(f"round {round_}: the weights add up to {new_weight}; lower --eta")
         self.crew.each("normalise", round_, new_weight / before.count)
@@ -283,7 +286,7 @@ class Game:
         folder.mkdir(parents=True, exist_ok=True)
         self.crew.each("snapshot", str(folder.resolve()))
         write_file(folder / "trainer.safetensors", get(self.crew.trainers[0].state.remote()))
-        write_json(folder / "round.json", {"round": round_, "seed": self.config.data.seed})
+        write_json(folder / "round.json", {"round": round_, "loss_scale": self.scale})
         self.run.commit(round_)
 
     def restore(self, round_: int) -> None:
@@ -291,6 +294,7 @@ class Game:
         folder = self.run.round(round_).resolve()
         paths = [(str(folder / f"shard-{shard:06d}.arrow"),) for shard in range(len(self.crew.owner))]
         self.crew.each("restore", per_shard=paths)
+        self.scale = json.loads((folder / "round.json").read_text())["loss_scale"]
         state = ray.put((folder / "trainer.safetensors").read_bytes())
         get([trainer.set_state.remote(state) for trainer in self.crew.trainers])
 

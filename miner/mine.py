@@ -120,6 +120,8 @@ class Mining:
         self.times["total"] = time.monotonic() - started
         summary = self.summary(table, subsets, accuracy)
         write_json(self.dir.path / "summary.json", summary)
+        for actor in self.crew.pools + self.crew.trainers:
+            ray.kill(actor)
         return Mined(self.dir.path, summary, [self.dir.path / name for name in subsets])
 
     def timed(self, name: str, step: Any, *args: Any) -> Any:

@@ -67,13 +67,16 @@ def effective_sample_size(sums: Sums) -> float:
     return sums.weight * sums.weight / sums.weight_squared
 
 
-def hedge(log_weight_N: Floats, loss_N: Floats, sums: Sums, eta: float) -> Floats:
-    """Multiplicative weights: ``log w += eta (l - L_out) / std(l)``; returns the new log-weights ``[N]``.
+def hedge(log_weight_N: Floats, loss_N: Floats, sums: Sums, scale: float, eta: float) -> Floats:
+    """Multiplicative weights: ``log w += eta (l - L_out) / scale``; returns the new log-weights ``[N]``.
+
+    ``scale`` is the losses' standard deviation in the *first* sweep. Training flattens almost all losses, so
+    that one stubborn image would be dozens of the current deviations out and take all the weight in a round.
 
     The caller averages the normalised weights over rounds: the average, not the last iterate, approximates
     the least favourable distribution of the game (Freund & Schapire 1999).
     """
-    return log_weight_N + eta * (loss_N - l_out(sums)) / loss_std(sums)
+    return log_weight_N + eta * (loss_N - l_out(sums)) / scale
 
 
 def paper(weight_N: Floats, loss_N: Floats, sums: Sums, eta: float) -> Floats:
