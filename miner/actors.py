@@ -76,9 +76,9 @@ class PoolShards:
             keys = self.pool.shard_index(shard, ["key"])["key"].to_pylist()
             some = ", ".join(keys[row] for row in broken[:5])
             raise MinerError(
-                f"{self.pool.shards[shard].name}: {len(broken)} of {len(rows)} losses are not finite in the block of rows "
-                f"{rows[0]}-{rows[-1]} (keys {some}{', ...' if len(broken) > 5 else ''}); the classifier has diverged: "
-                "lower --lr, or go on with another --checkpoint"
+                f"{self.pool.shards[shard].name}: {len(broken)} of {len(rows)} losses are not finite in the block of "
+                f"rows {rows[0]}-{rows[-1]} (keys {some}{', ...' if len(broken) > 5 else ''}); the classifier has "
+                "diverged: lower --lr, or go on with another --checkpoint"
             )
         self.losses[shard][rows] = scores["loss"]
         for name in scores.keys() - {"loss"}:
@@ -173,7 +173,14 @@ class PoolShards:
         return rules.reference_factors(rules.softplus(self.state[shard]["state"][rows]), sums)
 
     def reference_step(
-        self, shard: int, rows: np.ndarray, losses: np.ndarray, root_loss: float, batch: int, alpha: float, sums: RootSums
+        self,
+        shard: int,
+        rows: np.ndarray,
+        losses: np.ndarray,
+        root_loss: float,
+        batch: int,
+        alpha: float,
+        sums: RootSums,
     ) -> RootSums:
         """One dense step of the released update on every row of the shard; returns the shard's new sums."""
         state = self.state[shard]

@@ -31,9 +31,7 @@ def prepare(recipe: Recipe, folder: str) -> Plan:
     note = os.path.join(folder, "shards", "arguments.json")
     arguments = json.dumps(_arguments(recipe), indent=1).encode()
     if not os.path.exists(note):
-        beside = all(
-            job.path.endswith(".tar") and os.path.dirname(job.path) == folder for job in planned.jobs
-        )
+        beside = all(job.path.endswith(".tar") and os.path.dirname(job.path) == folder for job in planned.jobs)
         if os.path.isdir(folder) and set(os.listdir(folder)) - {"shards"} and not beside:
             raise MinerError(f"{folder}: not empty and no pool of this command; give another --out")
         os.makedirs(os.path.dirname(note), exist_ok=True)

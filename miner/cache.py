@@ -17,9 +17,7 @@ VERSION = 1  # raise when decoding gives other pixels
 CHUNK = 256  # images decoded between two writes
 
 
-def open_shard(
-    pool: Pool, shard: int, size: int, directory: str | None = None
-) -> tuple[np.ndarray, dict[int, str]]:
+def open_shard(pool: Pool, shard: int, size: int, directory: str | None = None) -> tuple[np.ndarray, dict[int, str]]:
     """Pixels of one shard and the rows that did not decode.
 
     Returns read-only uint8 [n, size, size, 3], memory-mapped, and {row: reason} (zeros there). The first
@@ -60,11 +58,7 @@ def _load(stem: str, entry: Shard, size: int) -> tuple[np.ndarray, dict[int, str
         bad = {int(row): str(reason) for row, reason in note.pop("bad").items()}
     except (FileNotFoundError, ValueError, EOFError, AttributeError, KeyError):
         return None
-    if (
-        note != _stamp(entry, size)
-        or pixels.shape != (entry.count, size, size, 3)
-        or pixels.dtype != np.uint8
-    ):
+    if note != _stamp(entry, size) or pixels.shape != (entry.count, size, size, 3) or pixels.dtype != np.uint8:
         return None
     return pixels, bad
 

@@ -1,37 +1,14 @@
-"""Ray: start or join it, and set out pool and trainer actors."""
+"""Set out the pool and trainer actors of a run on whatever machines Ray has."""
 
-import logging
 import os
 from typing import Any
 
 import ray
 
 from miner.config import Config
-from miner.errors import MinerError, UsageError
+from miner.errors import UsageError
 from miner.loop import Crew
 from trainers.data import IdSet
-
-
-def connect(address: str | None) -> None:
-    """Join the Ray cluster at ``address``, or start a private one on this machine; its processes end with ours.
-
-    Never joins a cluster that merely happens to run here. Threads that wait must not spin: two libraries with
-    a thread pool each (torch, faiss) would otherwise slow each other on few cores.
-    """
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": environment},
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise MinerError(f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})") from None
 
 
 def crew(config: Config, pool: str, shards: int, id_set: IdSet) -> Crew:

@@ -118,6 +118,11 @@ class Config:
         short = "-".join(dict.fromkeys(Path(name.rstrip("/")).name for name in names))
         return self.output.out or Path("runs") / f"{short}-{self.game.rule}-s{self.data.seed}"
 
+    @property
+    def guarded(self) -> bool:
+        """Whether the frozen classifier's neighbours or strata are asked for, which takes a sweep."""
+        return self.selection.exclude_near_id > 0 or self.selection.strata != 0
+
     def strata_for(self, rows: int) -> int:
         """Number of strata for a pool of ``rows`` images."""
         chosen = self.selection.strata
@@ -127,5 +132,8 @@ class Config:
         """The settings that decide the weights: a run can be continued only under the same ones."""
         settings = {"data": asdict(self.data), "game": asdict(self.game), "pretrain": asdict(self.pretrain)}
         settings["data"]["checkpoint"] = str(self.data.checkpoint) if self.data.checkpoint else None
-        settings["guard"] = {"strata": self.selection.strata, "exclude_near_id": self.selection.exclude_near_id}
+        settings["guard"] = {
+            "strata": self.selection.strata,
+            "exclude_near_id": self.selection.exclude_near_id,
+        }
         return settings

@@ -91,18 +91,14 @@ def digits(size: int = SIZE) -> tuple[Array, Array, Array, Array, tuple[str, ...
     Raises UsageError for a size under 8 px, the set's own.
     """
     if size < 8:
-        raise UsageError(
-            f"the demo's digits are 8 px wide and are only enlarged: use a size of 8 or more, not {size}"
-        )
+        raise UsageError(f"the demo's digits are 8 px wide and are only enlarged: use a size of 8 or more, not {size}")
     train, train_labels, test, test_labels = _split()
     return enlarge(train, size), train_labels.copy(), enlarge(test, size), test_labels.copy(), CLASSES
 
 
 def _walk(rng: Generator, count: int, steps: int, bend: float) -> Array:
     """Pen paths [count, steps + 1, 2] that turn by about ``bend`` rad a step."""
-    heading = rng.uniform(0, 2 * np.pi, (count, 1)) + np.cumsum(
-        rng.uniform(-bend, bend, (count, steps)), axis=1
-    )
+    heading = rng.uniform(0, 2 * np.pi, (count, 1)) + np.cumsum(rng.uniform(-bend, bend, (count, steps)), axis=1)
     moves = np.stack([np.cos(heading), np.sin(heading)], axis=2) * rng.uniform(4, 10, (count, steps, 1))
     return np.concatenate([np.zeros((count, 1, 2)), np.cumsum(moves, axis=1)], axis=1)
 
@@ -125,9 +121,7 @@ def _seven_segment(rng: Generator, count: int) -> Array:
     # A dark segment hides as a second copy of the first lit one.
     shown = np.where(lit, np.arange(7), lit.argmax(axis=1)[:, None])
     matrix = affine(rng, count, turn=0.1, shear=0.3, scale=(0.8, 1.0)).swapaxes(1, 2)
-    ends = SEGMENTS[shown].astype(np.float64).reshape(count, 14, 2) @ matrix + rng.integers(
-        -2, 3, (count, 1, 2)
-    )
+    ends = SEGMENTS[shown].astype(np.float64).reshape(count, 14, 2) @ matrix + rng.integers(-2, 3, (count, 1, 2))
     masks = stroke_masks(ends[:, ::2], ends[:, 1::2], rng.uniform(3, 6, count))
     return enlarge(count_blocks(masks))
 
@@ -201,9 +195,7 @@ def draw(family: str, count: int, seed: int) -> Array:
 def pool_arrays(seed: int = 0) -> tuple[Array, Array]:
     """The pool, shuffled: images uint8 [21000, 32, 32, 3] and each one's index into FAMILIES, int64."""
     counts = [count for _, count in _POOL.values()]
-    images = np.concatenate(
-        [draw(family, count, seed) for family, count in zip(FAMILIES, counts, strict=True)]
-    )
+    images = np.concatenate([draw(family, count, seed) for family, count in zip(FAMILIES, counts, strict=True)])
     order = np.random.default_rng([len(FAMILIES), seed]).permutation(len(images))
     return images[order], np.repeat(np.arange(len(counts)), counts)[order]
 

@@ -89,9 +89,7 @@ def fit_box(points: Array, widths: Array, heights: Array) -> Array:
     return (points - (low + high) / 2) / np.maximum(high - low, 1.0) * box
 
 
-def affine(
-    rng: np.random.Generator, count: int, turn: float, shear: float, scale: tuple[float, float]
-) -> Array:
+def affine(rng: np.random.Generator, count: int, turn: float, shear: float, scale: tuple[float, float]) -> Array:
     """Random matrices float64 [count, 2, 2]: turned by ±``turn`` rad, sheared, scaled by x and y apart."""
     angle = rng.uniform(-turn, turn, count)
     slant = rng.uniform(-shear, shear, count)
@@ -125,8 +123,7 @@ def atlas(characters: str, fonts: Sequence[str]) -> Array:
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     loaded = [
-        ImageFont.truetype(str(folder / f"{name}.ttf"), GLYPH, layout_engine=ImageFont.Layout.BASIC)
-        for name in fonts
+        ImageFont.truetype(str(folder / f"{name}.ttf"), GLYPH, layout_engine=ImageFont.Layout.BASIC) for name in fonts
     ]
     return np.stack([_glyph(font, character) for font in loaded for character in characters])
 
@@ -162,9 +159,7 @@ def noise(rng: np.random.Generator, count: int) -> Array:
     """Uniform, bell-shaped and salt-and-pepper noise by turns, grey or coloured."""
     draws = rng.integers(0, 256, (count, SIZE, SIZE, 3))
     bell = (draws + rng.integers(0, 256, draws.shape) + rng.integers(0, 256, draws.shape)) // 3
-    pepper = np.where(
-        draws < rng.integers(10, 120, (count, 1, 1, 1)), (draws % 2) * 255, colours(rng, count, 60, 200)
-    )
+    pepper = np.where(draws < rng.integers(10, 120, (count, 1, 1, 1)), (draws % 2) * 255, colours(rng, count, 60, 200))
     kind = rng.integers(0, 3, (count, 1, 1, 1))
     images = np.where(kind == 0, draws, np.where(kind == 1, bell, pepper))
     grey = rng.random((count, 1, 1, 1)) < 0.3

@@ -83,9 +83,7 @@ def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     """
     if not is_url(path):
         with open(path, "rb", buffering=0) as file:
-            return [
-                _full(path, os.pread(file.fileno(), size, offset), offset, size) for offset, size in ranges
-            ]
+            return [_full(path, os.pread(file.fileno(), size, offset), offset, size) for offset, size in ranges]
     fs, inner = filesystem(path)
     found: dict[int, bytes] = {}
     for group in _spans(ranges):

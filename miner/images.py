@@ -58,9 +58,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS}")
                 yield image
-        except (
-            Exception
-        ) as error:  # on hostile bytes PIL raises nearly anything: SyntaxError, IndexError, ...
+        except Exception as error:  # on hostile bytes PIL raises nearly anything: SyntaxError, IndexError, ...
             raise ValueError(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}") from None
 
 

@@ -18,6 +18,7 @@ from miner import rules
 from miner.config import Config
 from miner.errors import MinerError
 from miner.progress import Display
+from miner.rays import get
 from miner.rules import RootSums, Sums
 from miner.run_dir import RunDir, write_file, write_json
 
@@ -25,19 +26,6 @@ BLOCK = 4096  # images a scoring message; cut by shard, so that arithmetic does 
 IN_FLIGHT = 3  # blocks on their way to one trainer
 CHUNK_STEPS = 16  # training steps a message
 _REFERENCE_SALT = 0x5EED
-
-
-def get(refs: Any) -> Any:
-    """``ray.get``, with an actor's own MinerError brought back as it was, and a dead actor as one line."""
-    try:
-        return ray.get(refs)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, MinerError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayActorError as error:
-        message = str(error).strip().splitlines()[0]
-        raise MinerError(f"a worker process died ({message}); run the same command again to continue") from None
 
 
 @dataclass
@@ -56,7 +44,9 @@ class Crew:
             actor.each.remote(method, shards, [extra[s] for s in shards], args)
             for actor, shards in zip(self.pools, mine, strict=True)
         ]
-        found = {s: r for shards, results in zip(mine, get(calls), strict=True) for s, r in zip(shards, results, strict=True)}
+        found = {
+            s: r for shards, results in zip(mine, get(calls), strict=True) for s, r in zip(shards, results, strict=True)
+        }
         return [found[shard] for shard in range(len(self.owner))]
 
 
@@ -114,7 +104,10 @@ class Game:
         while busy:
             self._reap(busy, load)
         crew.each("close_sweep", round_)
-        record = {"scored": sum(counts), "score_images_per_s": round(sum(counts) / (time.monotonic() - started), 1)}
+        record = {
+            "scored": sum(counts),
+            "score_images_per_s": round(sum(counts) / (time.monotonic() - started), 1),
+        }
         if round_ == 0:
             record |= self.guard()
         return record
@@ -148,7 +141,7 @@ class Game:
         new_weight = sum(self.crew.each("update", round_, before, self.scale, level))
         if not np.isfinite(new_weight) or new_weight <= 0:
             raise MinerError(f"round {round_}: the weights add up to {new_weight}; lower --eta")
-        self.crew.each("normalise", round_, new_weight / before.count)
+        self.crew.each("normalise", round_, new_weight / before.rows)
         after = rules.add_sums(self.crew.each("sums"))
         return describe(before, after)
 
@@ -229,7 +222,7 @@ class Game:
 
     def stepwise_round(self, round_: int) -> dict[str, Any]:
         """One epoch of ``reference``: draws ~ sqrt(w) frozen at its start, a dense weight step after each batch."""
-        if round_ == 0 and (self.config.selection.exclude_near_id > 0 or self.config.selection.strata != 0):
+        if round_ == 0 and (self.config.guarded):
             self.sweep(0)  # for the guard and the strata only; the rule does not use its losses
         game, each = self.config.game, self.crew.each
         sums = _add_roots(each("root_sums"))
@@ -249,9 +242,7 @@ class Game:
             root = factor * sums.weight / sums.root  # the factor is (m / wbar) sqrt(w)
             root_loss = float((root * loss).mean())
             per_shard = [(r, loss[members]) for r, members in zip(rows, inside, strict=True)]
-            sums = _add_roots(
-                each("reference_step", root_loss, game.batch, game.alpha, sums, per_shard=per_shard)
-            )
+            sums = _add_roots(each("reference_step", root_loss, game.batch, game.alpha, sums, per_shard=per_shard))
             estimates.append(float((factor * loss).mean()))
             entropies += entropy
             self.display.advance(len(batch), note=f"L_out {estimates[-1]:.4f}")
@@ -302,8 +293,8 @@ class Game:
 def describe(before: Sums, after: Sums) -> dict[str, Any]:
     """The round's figures: mean loss of the pool, L_out under old and new weights, effective sample size."""
     return {
-        "eligible": int(before.count),
-        "mean_loss": before.loss / before.count,
+        "eligible": int(before.rows),
+        "mean_loss": before.loss / before.rows,
         "l_out_before": rules.l_out(before),
         "l_out": rules.l_out(after),
         "effective_sample_size": rules.effective_sample_size(after),

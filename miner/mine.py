@@ -4,6 +4,8 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,21 @@ import pyarrow.compute as pc
 import ray
 from torch.utils.tensorboard import SummaryWriter
 
-from miner import cluster, ranking
+from miner import cluster, ranking, rules
 from miner.build import write_arrays_pool
 from miner.config import Config
 from miner.errors import UsageError
-from miner.loop import Crew, Game, get
+from miner.loop import Game
 from miner.neighbors import POINTS_PER_STRATUM
 from miner.pool import Pool, resolve
 from miner.progress import Display
-from miner.run_dir import RunDir, write_file, write_json
+from miner.rays import connect, get
+from miner.run_dir import RunDir, write_json
 from miner.subset import write_subset
 from miner.weights import FORMAT_VERSION, REASONS, load_weights
 from trainers import models
 from trainers.checkpoint import load_net, save_checkpoint
-from trainers.data import IdSet, load_id
+from trainers.data import load_id
 
 _SAMPLE_SALT = 2  # who is in the k-means sample
 
@@ -85,7 +88,7 @@ def duplicates(pool: Pool) -> tuple[np.ndarray, list[np.ndarray]]:
     again = np.zeros(len(uid_N2), bool)
     again[order[1:]] = (uid_N2[order[1:]] == uid_N2[order[:-1]]).all(axis=1)
     edges = np.cumsum([0] + [shard.count for shard in pool.shards])
-    return uid_N2, [np.flatnonzero(again[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return uid_N2, [np.flatnonzero(again[a:b]) for a, b in pairwise(edges)]
 
 
 class Mining:
@@ -109,7 +112,7 @@ class Mining:
         settings = self.config.mining() | {"pool": self.pool.fingerprint, "id": self.id_set.fingerprint}
         first = self.dir.begin(settings, self.config.output.resume)
         self.run_id = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
-        cluster.connect(self.config.machines.address)
+        connect(self.config.machines.address)
         self.crew = cluster.crew(self.config, self.pool.path, len(self.pool.shards), self.id_set)
         self.times["start"] = time.monotonic() - started
         accuracy = self.timed("classifier", self.classifier)
@@ -123,6 +126,28 @@ class Mining:
         for actor in self.crew.pools + self.crew.trainers:
             ray.kill(actor)
         return Mined(self.dir.path, summary, [self.dir.path / name for name in subsets])
+
+    def plan(self) -> str:
+        """What a run would do and cost, in words; nothing is computed or written."""
+        config, game = self.config, self.config.game
+        sweeps = (0 if game.rule in rules.STEPWISE else game.rounds) or int(config.guarded)
+        steps = game.steps * (game.rounds if game.rule in rules.STEPWISE else game.rounds - 1)
+        forwards = sweeps * self.n + 6 * game.batch * steps  # a step: forward and backward (2 forwards) on 2 x batch
+        cache = self.pool.count * config.data.size**2 * 3
+        source = f"checkpoint {config.data.checkpoint}" if config.data.checkpoint else "pre-trained on the ID set first"
+        guard = config.selection.exclude_near_id
+        lines = [
+            f"pool        {self.pool.name}: {self.n:,} images in {len(self.pool.shards):,} shards ({self.pool.path})",
+            f"ID          {config.data.id}; classifier {config.data.model}, {source}",
+            f"game        {game.rule}: {sweeps} sweeps, {steps:,} training steps",
+            f"cost        {forwards:,} forward-equivalents + pre-training; the released recipe: {10 * 50 * 49_920:,}",
+            f"cache       {cache:,} bytes of decoded pixels, unless they are there already",
+            f"leak guard  leaves out {guard:.0%}; strata {config.strata_for(self.pool.count):,}",
+        ]
+        for gamma in config.selection.gamma:
+            size = int(Fraction(repr(gamma)) * self.n)
+            lines.append(f"subset      gamma {gamma:g}: {size:,} images -> {self.dir.path / f'subset-{gamma:g}'}")
+        return "\n".join(lines)
 
     def timed(self, name: str, step: Any, *args: Any) -> Any:
         """Run one step and keep its seconds."""
@@ -154,7 +179,9 @@ class Mining:
             facts = {"id": self.id_set.name, "id_fingerprint": self.id_set.fingerprint}
             save_checkpoint(path, net, meta | facts | {"model": data.model, "classes": list(self.id_set.classes)})
         accuracy = float(meta.get("accuracy", float("nan")))
-        self.display.say(f"classifier: {data.model}, {accuracy:.1%} of the ID test images right ({source or 'trained'})")
+        self.display.say(
+            f"classifier: {data.model}, {accuracy:.1%} of the ID test images right ({source or 'trained'})"
+        )
         return accuracy
 
     def pretrain(self) -> dict[str, Any]:
@@ -169,7 +196,9 @@ class Mining:
                 continue
             if self.display.total == 1:
                 self.display.phase("pretrain", told["steps"])
-            note = f"epoch {told['epoch']}/{told['epochs']}, loss {told['loss']:.3f}, {told['images_per_s']:,.0f} images/s"
+            note = (
+                f"epoch {told['epoch']}/{told['epochs']}, loss {told['loss']:.3f}, {told['images_per_s']:,.0f} images/s"
+            )
             self.display.advance(told["step"] - steps, "steps", note)
             steps = told["step"]
         return dict(get(done))
@@ -181,9 +210,7 @@ class Mining:
         self.uid_N2, repeated = duplicates(self.pool)
         counts = [shard.count for shard in self.pool.shards]
         self.display.phase("decode", sum(counts))
-        jobs = {
-            actor.prepare.remote(shard, repeated[shard]): shard for shard, actor in enumerate(self.crew.owner)
-        }
+        jobs = {actor.prepare.remote(shard, repeated[shard]): shard for shard, actor in enumerate(self.crew.owner)}
         self.undecodable: list[str] = []
         found: dict[int, list[str]] = {}
         while jobs:
@@ -249,7 +276,7 @@ class Mining:
         folder = self.dir.path / "weights"
         folder.mkdir(exist_ok=True)
         edges = np.cumsum([0] + [shard.count for shard in self.pool.shards])
-        ranks = [(str(folder.resolve()), scale, rank[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        ranks = [(str(folder.resolve()), scale, rank[a:b]) for a, b in pairwise(edges)]
         self.crew.each("write_table", self.metadata(total), per_shard=ranks)
         return load_weights(self.dir.path)
 
@@ -291,7 +318,11 @@ class Mining:
             "gamma": gamma,
             "n": self.n,
             "draw": self.config.draw,
-            "pool": {"name": self.pool.name, "fingerprint": self.pool.fingerprint, "licence": self.pool.licence},
+            "pool": {
+                "name": self.pool.name,
+                "fingerprint": self.pool.fingerprint,
+                "licence": self.pool.licence,
+            },
             "id": {"name": self.id_set.name, "fingerprint": self.id_set.fingerprint},
             "run_id": self.run_id,
             "settings": _portable(self.config.mining()),

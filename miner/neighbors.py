@@ -4,6 +4,8 @@ Features are penultimate features of the *frozen* ID-trained classifier, never o
 the game pulls about. FAISS runs on the GPU when faiss-gpu is installed and a GPU is visible, on the CPU else.
 """
 
+from typing import Any
+
 import faiss
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +30,7 @@ class NearestID:
         faiss.omp_set_num_threads(threads)
         self.id_MD = unit(id_features_MD)
         self.k = min(K_NEAREST, len(self.id_MD))
-        self.index = faiss.IndexFlatIP(self.id_MD.shape[1])
+        self.index: Any = faiss.IndexFlatIP(self.id_MD.shape[1])
         if getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
             self.index = faiss.index_cpu_to_all_gpus(self.index)
         self.index.add(self.id_MD)

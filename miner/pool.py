@@ -121,9 +121,7 @@ class Pool:
             records = self.records(shard)
             return [png(records[row]) for row in rows]
         extents = self._ranges(shard)
-        return read_ranges(
-            self.shards[shard].path, [(int(a), int(b)) for a, b in extents[np.asarray(rows, int)]]
-        )
+        return read_ranges(self.shards[shard].path, [(int(a), int(b)) for a, b in extents[np.asarray(rows, int)]])
 
     def records(self, shard: int) -> np.ndarray:
         """Read-only uint8 [n, H, W, 3] of a raw shard: a view into the file when it is local."""
@@ -190,9 +188,7 @@ class Pool:
         for shard in self.shards:
             if shard.path in local and sizes[shard.path] != shard.file_bytes:
                 found = sizes[shard.path]
-                raise MinerError(
-                    f"{shard.path}: {found} bytes, not {shard.file_bytes} as recorded; restore it"
-                )
+                raise MinerError(f"{shard.path}: {found} bytes, not {shard.file_bytes} as recorded; restore it")
 
     def _ranges(self, shard: int) -> np.ndarray:
         if shard not in self._extents:
@@ -254,9 +250,7 @@ def _manifest(path: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise MinerError(f"{where}: not a pool manifest (format {FORMAT!r} expected)")
     if manifest.get("version") != VERSION:
-        raise MinerError(
-            f"{where}: format version {manifest.get('version')}, this program reads {VERSION}; update it"
-        )
+        raise MinerError(f"{where}: format version {manifest.get('version')}, this program reads {VERSION}; update it")
     return manifest
 
 
@@ -264,9 +258,7 @@ def _shard(pool: str, entry: dict[str, Any]) -> Shard:
     shard = Shard(**{**entry, "record_shape": tuple(entry.get("record_shape", ()))})
     if shard.kind not in ("tar", "raw") or shard.order not in ("C", "F") or min(shard.count, shard.bytes) < 1:
         raise ValueError(f"shard {shard.name}")
-    if shard.kind == "raw" and (
-        shard.record_offset < 0 or shard.bytes != shard.count * _volume(shard.record_shape)
-    ):
+    if shard.kind == "raw" and (shard.record_offset < 0 or shard.bytes != shard.count * _volume(shard.record_shape)):
         raise ValueError(f"records of shard {shard.name}")
     if is_url(shard.path):
         check_url(shard.path)

@@ -41,7 +41,7 @@ def uniform(uid_N2: Words, seed: int, salt: int = 0) -> Floats:
     keys = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF, salt & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) + np.uint64(0x9E37))
     with np.errstate(over="ignore"):
         word_N = _mix(_mix(uid_N2[:, 0] + keys[0]) ^ (uid_N2[:, 1] + _mix(keys[1:] + keys[:1])[0]))
-    return ((word_N >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return ((word_N >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # one bit more would round up to 1
 
 
 def draw_keys(weight_N: Floats, uniform_N: Floats) -> Floats:
@@ -49,7 +49,7 @@ def draw_keys(weight_N: Floats, uniform_N: Floats) -> Floats:
 
     Rows of weight 0 get infinity. Shards can each give their K smallest and the merge is the draw.
     """
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         return np.where(weight_N > 0, -np.log(uniform_N) / weight_N, np.inf)
 
 
@@ -80,7 +80,7 @@ def rank_rows(rows: Rows, draw: str, seed: int) -> NDArray[np.uint64]:
     elif draw == "topk":
         key_M = -weight_M
     else:
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             key_M = np.where(weight_M > 0, u_M / weight_M, np.inf)
     order = np.lexsort((uid_M2[:, 1], uid_M2[:, 0], key_M))
     if rows.stratum is not None and draw not in ("random", "eq20"):

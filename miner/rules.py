@@ -22,7 +22,7 @@ EQUILIBRIUM_CAP = 100.0  # (2 - l/L)^-2 has a pole at l = 2L: this many times th
 class Sums(NamedTuple):
     """What one shard contributes to a round; shards are added in shard order, in float64."""
 
-    count: float  # eligible rows
+    rows: float  # eligible ones
     weight: float  # sum w
     weight_loss: float  # sum w l
     loss: float  # sum l
@@ -57,8 +57,8 @@ def l_out(sums: Sums) -> float:
 
 def loss_std(sums: Sums) -> float:
     """Standard deviation of the losses over the pool; 1 where they are all equal, so that it may divide."""
-    mean = sums.loss / sums.count
-    variance = max(sums.loss_squared / sums.count - mean * mean, 0.0)
+    mean = sums.loss / sums.rows
+    variance = max(sums.loss_squared / sums.rows - mean * mean, 0.0)
     return float(np.sqrt(variance)) if variance > 1e-24 else 1.0
 
 
@@ -85,7 +85,7 @@ def paper(weight_N: Floats, loss_N: Floats, sums: Sums, eta: float) -> Floats:
     ``eta`` is in units that do not change with the pool's size: at w = 1 it moves a weight by
     ``eta * (l_i - L_out)``.
     """
-    return np.maximum(weight_N + eta * sums.count * (loss_N - l_out(sums)) / sums.weight, 0.0)
+    return np.maximum(weight_N + eta * sums.rows * (loss_N - l_out(sums)) / sums.weight, 0.0)
 
 
 def equilibrium(loss_N: Floats, level: float, cap: float = EQUILIBRIUM_CAP) -> Floats:
@@ -117,7 +117,7 @@ def softplus(v_N: Floats) -> Floats:
 class RootSums(NamedTuple):
     """Global terms of the released update: eligible rows, sum w and sum sqrt(w)."""
 
-    count: float
+    rows: float
     weight: float
     root: float
 
@@ -131,7 +131,13 @@ def reference_factors(weight_B: Floats, sums: RootSums) -> Floats:
 
 
 def reference_gradient(
-    v_N: Floats, drawn_D: NDArray[np.int64], loss_D: Floats, root_loss: float, batch: int, alpha: float, sums: RootSums
+    v_N: Floats,
+    drawn_D: NDArray[np.int64],
+    loss_D: Floats,
+    root_loss: float,
+    batch: int,
+    alpha: float,
+    sums: RootSums,
 ) -> Floats:
     """d Lhat / d v for every row of a shard, in closed form; Lhat = alpha mean_b factor_b loss_b.
 
@@ -141,9 +147,9 @@ def reference_gradient(
     """
     weight_N = softplus(v_N)
     root_N = np.sqrt(weight_N)
-    mean_weight, mean_root = sums.weight / sums.count, sums.root / sums.count
+    mean_weight, mean_root = sums.weight / sums.rows, sums.root / sums.rows
     drift_N = root_loss * (
-        1.0 / (2.0 * sums.count * root_N * mean_weight) - mean_root / (sums.count * mean_weight * mean_weight)
+        1.0 / (2.0 * sums.rows * root_N * mean_weight) - mean_root / (sums.rows * mean_weight * mean_weight)
     )
     np.add.at(drift_N, drawn_D, (mean_root / mean_weight) * loss_D / (2.0 * batch * root_N[drawn_D]))
     return alpha * drift_N / (1.0 + np.exp(-v_N))  # d softplus / d v is the logistic function

@@ -103,9 +103,7 @@ def _expand(source: str, target: str) -> None:
             while block := packed.read(CHUNK):
                 written += len(block)
                 if written > limit:
-                    raise MinerError(
-                        f"{source}: expands past {limit} bytes; unpack it yourself if you trust it"
-                    )
+                    raise MinerError(f"{source}: expands past {limit} bytes; unpack it yourself if you trust it")
                 file.write(block)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise MinerError(f"{source}: cut off or corrupt gzip ({error}); fetch it again") from None

@@ -194,9 +194,7 @@ def _npy_layout(path: str) -> tuple[tuple[int, ...], int]:
         raise MinerError(f"{path}: images of {shape[1:]} pass {MAX_IMAGE} bytes each")
     expected = offset + int(np.prod(shape, dtype=np.int64))
     if os.path.getsize(path) != expected:
-        raise MinerError(
-            f"{path}: {os.path.getsize(path)} bytes where its header says {expected}; fetch it again"
-        )
+        raise MinerError(f"{path}: {os.path.getsize(path)} bytes where its header says {expected}; fetch it again")
     return tuple(shape), offset
 
 
@@ -223,17 +221,13 @@ def class_names(path: str) -> tuple[tuple[str, ...], Any]:
             info = json.load(file)
         pairs: Any = info.items() if isinstance(info, dict) else enumerate(info)
         named = [
-            (int(value.get("index", index)), str(value["name"]))
-            if isinstance(value, dict)
-            else (int(index), value)
+            (int(value.get("index", index)), str(value["name"])) if isinstance(value, dict) else (int(index), value)
             for index, value in pairs
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise MinerError(f"{path}: not a list or table of class names ({error!r})") from None
     named.sort()
-    if [index for index, _ in named] != list(range(len(named))) or not all(
-        isinstance(n, str) for _, n in named
-    ):
+    if [index for index, _ in named] != list(range(len(named))) or not all(isinstance(n, str) for _, n in named):
         raise MinerError(f"{path}: class numbers must run from 0 without gaps, each with a name")
     return tuple(name for _, name in named), info
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from miner.errors import MinerError
 from miner.files import atomic, read_ranges, sha256
 from miner.pool import Pool
-from miner.run_dir import write_file, write_json
+from miner.run_dir import write_json
 from miner.tars import TarWriter
 
 FORMAT = "outlier-miner/subset"
@@ -91,7 +91,7 @@ def _places(pool: Pool, chosen: pa.Table) -> dict[str, np.ndarray]:
     shard, row = chosen["shard"].to_numpy(), chosen["row"].to_numpy()
     found = {"offset": np.zeros(len(shard), np.int64), "size": np.zeros(len(shard), np.int64)}
     ext = np.full(len(shard), "", dtype=object)
-    for s in np.unique(shard):
+    for s in np.unique(shard).tolist():
         here = np.flatnonzero(shard == s)
         index = pool.shard_index(int(s), ["offset", "size", "ext"]).take(pa.array(row[here]))
         found["offset"][here], found["size"][here] = index["offset"].to_numpy(), index["size"].to_numpy()
@@ -102,11 +102,11 @@ def _places(pool: Pool, chosen: pa.Table) -> dict[str, np.ndarray]:
 def _write_tar(pool: Pool, path: Path, chosen: pa.Table, places: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     images: list[bytes] = [b""] * len(chosen)
     shard, row = chosen["shard"].to_numpy(), chosen["row"].to_numpy()
-    for s in np.unique(shard):
+    for s in np.unique(shard).tolist():
         here = np.flatnonzero(shard == s)
         here = here[np.argsort(places["offset"][here])]  # forward through the file
-        for i, data in zip(here, pool.read(int(s), row[here].tolist()), strict=True):
-            images[i] = data
+        for at, data in zip(here, pool.read(int(s), row[here].tolist()), strict=True):
+            images[at] = data
     rows = []
     with TarWriter(str(path)) as tar:
         for i, (record, data) in enumerate(zip(chosen.to_pylist(), images, strict=True)):

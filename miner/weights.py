@@ -124,11 +124,17 @@ class ShardState:
     def read(cls, path: Path) -> "ShardState":
         """Restore a snapshot; raises MinerError naming the file when it is damaged."""
         table = read_arrow(path)
-        metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-        if set(table.column_names) != set(_LIVE) or "rule" not in metadata:
+        expected = pa.schema([(name, pa.from_numpy_dtype(dtype)) for name, dtype in _LIVE.items()])
+        try:
+            metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+            rule, swept, averaged = metadata["rule"], int(metadata["swept"]), int(metadata["averaged"])
+            sound = table.schema.equals(expected) and not any(column.null_count for column in table.columns)
+        except (KeyError, ValueError):
+            sound = False
+        if not sound:
             raise MinerError(f"{path}: not a weights snapshot of this version; start the run in a new --out folder")
         columns = {name: table[name].to_numpy().astype(dtype) for name, dtype in _LIVE.items()}
-        return cls(metadata["rule"], columns, int(metadata["swept"]), int(metadata["averaged"]))
+        return cls(rule, columns, swept, averaged)
 
 
 def final_table(
@@ -172,7 +178,7 @@ def read_arrow(path: Path) -> pa.Table:
     try:
         with pa.memory_map(str(path)) as source:
             return pa.ipc.open_file(source).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise MinerError(f"{path}: cannot be read as Arrow ({error}); restore the file or mine again") from None
 
 

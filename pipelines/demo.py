@@ -109,11 +109,11 @@ def show(found: dict[str, Any]) -> None:
     mined, random = (np.mean([found[arm][name] for name in families]) for arm in ("mined", "random"))
     near = sum(f["mined_share"] for f in found["families"] if f["kind"] == "near")
     pool = sum(f["pool_share"] for f in found["families"] if f["kind"] == "near")
+    accuracy = [f"{found[arm]['ID accuracy']:.1%}" for arm in ("mined", "random")]
     console.print(
         f"Near families are {pool:.0%} of the pool and {near:.0%} of the mined subset. Tuned with {found['size']} mined "
-        f"images, the classifier detects what it never saw with a mean AUROC of {mined:.3f}; with as many random ones, "
-        f"{random:.3f} (mean of {SEEDS} seeds; ID accuracy {found['mined']['ID accuracy']:.1%} against "
-        f"{found['random']['ID accuracy']:.1%})."
+        f"images, the classifier detects what it never saw with a mean AUROC of {mined:.3f}; with as many random "
+        f"ones, {random:.3f} (mean of {SEEDS} seeds; ID accuracy {accuracy[0]} against {accuracy[1]})."
     )
 
 
@@ -121,8 +121,10 @@ def main() -> None:
     """Judge a finished demo run."""
     import tyro
 
+    from miner.rays import connect
+
     run: Path = tyro.cli(Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run")], description=__doc__)
-    cli.connect(None, None)
+    connect(None)
     show(verdict(run))
 
 

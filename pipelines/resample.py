@@ -1,18 +1,20 @@
 """Mine a gamma-subset of background images for a classifier.
 
-    python -m pipelines.resample                                  # the embedded demo, about three minutes
-    python -m pipelines.resample --pool imagenet --id cifar10 --gamma 0.1 0.01 --out runs/imagenet
+python -m pipelines.resample --pool imagenet --id cifar10 --gamma 0.1 0.01
 
-Leaves RUN/weights/ (one row an image), RUN/subset-<gamma>/ (tars, manifest) and RUN/report.html.
+Without flags it mines the embedded demo pool. Leaves in the run directory: weights/ (an Arrow table, one row
+an image), subset-<gamma>/ (tars of original bytes and their manifest) and report.html. Stopped? The same
+command goes on after the last finished round.
 """
 
 import sys
+from typing import Any
 
 from pipelines import cli
 
 
 def main() -> None:
-    """Parse, plan, mine, report."""
+    """Parse, then plan or mine."""
     import tyro
 
     from miner.config import Config
@@ -22,13 +24,34 @@ def main() -> None:
     from miner.progress import Display
 
     if config.output.dry_run:
-        with Display() as display:
-            print(Mining(config, display).plan())
+        print(Mining(config, Display()).plan())
         return
     mined = mine(config)
-    for subset in mined.subsets:
-        print(subset)
+    from pipelines.report import write_report
+
+    report = write_report(mined.run)
+    if config.data.pool == "demo" and config.data.id == "demo":
+        from pipelines import demo
+
+        demo.show(demo.verdict(mined.run))
+    print(closing(mined.summary))
+    for path in [*mined.subsets, mined.run / "weights", report]:
+        print(path)
+
+
+def closing(summary: dict[str, Any]) -> str:
+    """What happened, in a few lines."""
+    excluded = ", ".join(f"{count:,} {reason}" for reason, count in summary["excluded"].items() if count) or "none"
+    lines = [f"mined {summary['pool']} ({summary['images']:,} images) for {summary['id']}; excluded: {excluded}"]
+    for name, subset in summary["subsets"].items():
+        lines.append(
+            f"{name}: {subset['count']:,} images; effective sample size of the weights "
+            f"{subset['effective_sample_size']:,.0f}, {subset['clipped_share']:.1%} of weights clipped at this gamma"
+        )
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items())
+    return "\n".join([*lines, f"time: {seconds}"])
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     cli.run(main)

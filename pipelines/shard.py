@@ -21,7 +21,7 @@ from miner.build import finish, prepare, run_job
 from miner.errors import UsageError
 from miner.pool import Pool, pools_folder, resolve
 from miner.sources import Recipe
-from pipelines.cli import connect, disconnect, each, run
+from pipelines.cli import disconnect, each, run
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,7 @@ def destination(config: Config) -> tuple[str, str]:
     return name, os.path.abspath(config.out or os.path.join(pools_folder(), name))
 
 
-def tracked(
-    config: Config, function: Callable[..., int], calls: Sequence[tuple[Any, ...]], what: str
-) -> None:
+def tracked(config: Config, function: Callable[..., int], calls: Sequence[tuple[Any, ...]], what: str) -> None:
     """Run calls that return numbers of images behind a progress bar.
 
     They run on Ray; a single call, or ``--workers 1`` on this machine, needs no second process.
@@ -114,6 +112,8 @@ def tracked(
     if config.address is None and (config.workers == 1 or len(calls) == 1):
         results = ((i, function(*call)) for i, call in enumerate(calls))
     else:
+        from miner.rays import connect
+
         slots = connect(config.address, config.workers)
         results = each(function, calls, config.workers or 2 * slots)
     console = Console(stderr=True)
@@ -133,9 +133,7 @@ def report(pool: Pool) -> None:
     """Print where a pool lies and what identifies it."""
     size = sum(shard.bytes for shard in pool.shards)
     print(f"pool {pool.name}: {pool.path}")
-    print(
-        f"{pool.count:,} images in {len(pool.shards):,} shards, {len(pool.classes)} classes, {size:,} bytes"
-    )
+    print(f"{pool.count:,} images in {len(pool.shards):,} shards, {len(pool.classes)} classes, {size:,} bytes")
     print(f"fingerprint {pool.fingerprint}")
 
 

@@ -134,9 +134,7 @@ def test_tars_are_adopted_in_place_and_gz_gives_the_same_fingerprint(tmp_path: P
     plain = make(Recipe("tars", (str(tmp_path / "tars"),)), tmp_path / "plain")
     packed = make(Recipe("tars", (str(tmp_path / "packed"),)), tmp_path / "unpacked")
     assert plain.fingerprint == packed.fingerprint
-    assert [shard.path for shard in plain.shards] == [
-        str(tmp_path / "tars" / f"train-00000{i}.tar") for i in (0, 1)
-    ]
+    assert [shard.path for shard in plain.shards] == [str(tmp_path / "tars" / f"train-00000{i}.tar") for i in (0, 1)]
     assert [shard.sha256 for shard in plain.shards] == [shard.sha256 for shard in packed.shards]
     assert not list((tmp_path / "plain").glob("*.tar"))
     assert plain.read(0, range(4)) + plain.read(1, range(3)) == images
@@ -165,9 +163,7 @@ def test_one_key_in_two_shards_names_both(tmp_path: Path) -> None:
     tars(tmp_path / "a")
     tars(tmp_path / "b", (1,))
     recipe = Recipe("tars", (str(tmp_path / "a"), str(tmp_path / "b")))
-    with pytest.raises(
-        MinerError, match=r"a/train-000000\.tar and .*b/train-000000\.tar: both hold key '000001'"
-    ):
+    with pytest.raises(MinerError, match=r"a/train-000000\.tar and .*b/train-000000\.tar: both hold key '000001'"):
         make(recipe, tmp_path / "pool")
     assert not (tmp_path / "pool" / "pool.json").exists()
 

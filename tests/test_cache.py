@@ -96,9 +96,7 @@ def broken_tar(folder: Path) -> list[bytes]:
     ]
     os.makedirs(folder)
     with TarWriter(folder / "000000.tar") as tar:
-        for i, (content, ext) in enumerate(
-            zip(data, ["jpg", "jpg", "jpg", "png", "png", "png"], strict=True)
-        ):
+        for i, (content, ext) in enumerate(zip(data, ["jpg", "jpg", "jpg", "png", "png", "png"], strict=True)):
             tar.write(f"{i}.{ext}", content)
     assert len(read_samples(folder / "000000.tar")) == 6
     return data

@@ -40,9 +40,7 @@ def test_digits_keep_every_image_and_its_label() -> None:
     from sklearn.datasets import load_digits
 
     levels, labels = load_digits(return_X_y=True)
-    wanted = sorted(
-        (label, image.tobytes()) for image, label in zip(levels.astype(np.uint8), labels, strict=True)
-    )
+    wanted = sorted((label, image.tobytes()) for image, label in zip(levels.astype(np.uint8), labels, strict=True))
     train, train_labels, test, test_labels, _ = demo.digits(size=8)
     images = np.concatenate([train, test])[..., 0]
     # At 8 px nothing is interpolated, so the levels can be had back.
@@ -91,9 +89,7 @@ def test_pool_is_large_and_mostly_far(pool: tuple[np.ndarray, np.ndarray]) -> No
     assert images.shape == (21000, 32, 32, 3)
     assert images.dtype == np.uint8
     assert labels.dtype == np.int64
-    share = dict(
-        zip(demo.FAMILIES, np.bincount(labels, minlength=len(demo.FAMILIES)) / len(labels), strict=True)
-    )
+    share = dict(zip(demo.FAMILIES, np.bincount(labels, minlength=len(demo.FAMILIES)) / len(labels), strict=True))
     assert sum(share[family] for family in demo.FAR) > 0.7
     assert all(0 < share[family] < 0.04 for family in demo.NEAR)
     assert not demo.FAR & demo.NEAR

@@ -85,10 +85,7 @@ def test_mixed_precision_loss_stays_near_float32():
 
 
 def test_dropout_only_in_the_wide_nets_that_the_paper_drops_in():
-    rates = {
-        name: getattr(models.create(name, 10), "dropout", 0.0)
-        for name in ("wrn-40-2", "wrn-40-4", "wrn-28-10")
-    }
+    rates = {name: getattr(models.create(name, 10), "dropout", 0.0) for name in ("wrn-40-2", "wrn-40-4", "wrn-28-10")}
     assert rates == {"wrn-40-2": 0.0, "wrn-40-4": 0.3, "wrn-28-10": 0.3}
 
 

@@ -44,9 +44,7 @@ def test_tiny_images_in_place_with_an_exclusion_list(tmp_path: Path) -> None:
     assert pool.index(["uid"])["uid"][5].as_py() == uid_of(images[5].tobytes(order="F"))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(pool.read(1, [2])[0]))), images[6])
     small, _ = cache.open_shard(pool, 2, 16)
-    assert np.array_equal(
-        small[1], np.asarray(Image.fromarray(images[9]).resize((16, 16), Image.Resampling.BILINEAR))
-    )
+    assert np.array_equal(small[1], np.asarray(Image.fromarray(images[9]).resize((16, 16), Image.Resampling.BILINEAR)))
     pool.verify()
     with open(path, "r+b") as file:
         file.seek(4 * 3072 + 5)
@@ -59,9 +57,7 @@ def test_tiny_images_in_place_with_an_exclusion_list(tmp_path: Path) -> None:
 def test_exclusion_lists_that_do_not_fit_name_the_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "tiny_images.bin").write_bytes(bytes(30720))
     (tmp_path / "list.txt").write_text(f"1\n{line}\n")
-    recipe = Recipe(
-        "tiny-images", (str(tmp_path / "tiny_images.bin"),), exclude_list=str(tmp_path / "list.txt")
-    )
+    recipe = Recipe("tiny-images", (str(tmp_path / "tiny_images.bin"),), exclude_list=str(tmp_path / "list.txt"))
     with pytest.raises(MinerError, match=r"list\.txt: line 2: .* no image number from 1 to 10"):
         make(recipe, tmp_path / "pool")
 
@@ -70,9 +66,7 @@ def test_npy_in_place(tmp_path: Path) -> None:
     images = RNG.integers(0, 256, (9, 20, 32, 3), np.uint8)
     np.save(tmp_path / "a.npy", images[:5])
     np.save(tmp_path / "b.npy", images[5:])
-    pool = make(
-        Recipe("npy", (str(tmp_path / "a.npy"), str(tmp_path / "b.npy")), per_shard=3), tmp_path / "pool"
-    )
+    pool = make(Recipe("npy", (str(tmp_path / "a.npy"), str(tmp_path / "b.npy")), per_shard=3), tmp_path / "pool")
     assert [shard.count for shard in pool.shards] == [3, 2, 3, 1]
     assert np.array_equal(np.concatenate([pool.records(shard) for shard in range(4)]), images)
     assert pool.index(["key"])["key"].to_pylist() == [f"{i:09d}" for i in range(9)]

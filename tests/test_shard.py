@@ -80,16 +80,11 @@ def test_any_number_of_workers_writes_the_same_bytes(photos: Path, tmp_path: Pat
     (out / "000002.tar").write_bytes(raw)
     failed = command("--verify", "--out", out, "--workers", 1)
     assert failed.returncode == 1
-    assert (
-        failed.stderr
-        == f"error: {out}/000002.tar: its bytes changed since the pool was made (shard 000002.tar)\n"
-    )
+    assert failed.stderr == f"error: {out}/000002.tar: its bytes changed since the pool was made (shard 000002.tar)\n"
 
 
 def test_command_errors_are_one_line(tmp_path: Path) -> None:
-    done = command(
-        "--source", "tars", "--input", tmp_path / "none", "--name", "x", "--out", tmp_path / "pool"
-    )
+    done = command("--source", "tars", "--input", tmp_path / "none", "--name", "x", "--out", tmp_path / "pool")
     assert (done.returncode, done.stderr) == (
         1,
         f"error: {tmp_path}/none: no such file or folder; check --input\n",

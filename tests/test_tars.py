@@ -40,10 +40,7 @@ def write(path: Path, *members: tuple[tarfile.TarInfo, bytes], form: int = tarfi
 
 
 def good(count: int = 3) -> list[tuple[tarfile.TarInfo, bytes]]:
-    pairs = [
-        (member(f"{i:04d}.jpg", jpeg(i)), member(f"{i:04d}.cls", str(i).encode() + b"\n"))
-        for i in range(count)
-    ]
+    pairs = [(member(f"{i:04d}.jpg", jpeg(i)), member(f"{i:04d}.cls", str(i).encode() + b"\n")) for i in range(count)]
     return [each for pair in pairs for each in pair]
 
 
@@ -116,9 +113,7 @@ def test_hostile_members_are_refused_with_member_and_offset(tmp_path: Path, case
         (["a.jpg", "a.cls", "a.cls"], ["one cls a key"]),
     ],
 )
-def test_split_and_repeated_keys_name_both_members(
-    tmp_path: Path, names: list[str], texts: list[str]
-) -> None:
+def test_split_and_repeated_keys_name_both_members(tmp_path: Path, names: list[str], texts: list[str]) -> None:
     path = write(tmp_path / "bad.tar", *[member(name, b"1") for name in names])
     with pytest.raises(MinerError, match="comes twice") as error:
         read_samples(path)
@@ -268,7 +263,5 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(path)], preexec_fn=limit, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert done.stderr == (
-        f"error: {path}: disk full (File too large); make space, then run the same command again\n"
-    )
+    assert done.stderr == (f"error: {path}: disk full (File too large); make space, then run the same command again\n")
     assert os.listdir(tmp_path) == []

@@ -88,9 +88,7 @@ def folder(tmp_path, digits) -> Path:
     }
     for split, (images, labels) in halves.items():
         write_tar(tmp_path / f"{split}-000000.tar", images, labels)
-    (tmp_path / "classes.json").write_text(
-        json.dumps([{"index": i, "name": c} for i, c in enumerate(digits.classes)])
-    )
+    (tmp_path / "classes.json").write_text(json.dumps([{"index": i, "name": c} for i, c in enumerate(digits.classes)]))
     return tmp_path
 
 
@@ -119,9 +117,7 @@ def test_packed_tars_give_the_same_set(folder):
     for tar in list(folder.glob("*.tar")):
         with open(tar, "rb") as source, gzip.open(f"{tar}.gz", "wb") as target:
             shutil.copyfileobj(source, target)
-    assert (
-        len(load_id(str(folder)).train_labels) == 20
-    )  # beside its plain tar, a packed one is not read twice
+    assert len(load_id(str(folder)).train_labels) == 20  # beside its plain tar, a packed one is not read twice
     for tar in list(folder.glob("*.tar")):
         tar.unlink()
     before = sorted(folder.iterdir())
@@ -156,9 +152,7 @@ def test_missing_tars_and_classes_are_named(folder):
         load_id(str(folder))
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "3", '["one"]', '[{"index": 1, "name": "a"}, {"index": 0, "name": "b"}]']
-)
+@pytest.mark.parametrize("text", ["{", "3", '["one"]', '[{"index": 1, "name": "a"}, {"index": 0, "name": "b"}]'])
 def test_bad_classes_are_one_line(folder, text):
     (folder / "classes.json").write_text(text)
     with pytest.raises(MinerError, match=r"classes\.json: .*JSON list"):
@@ -167,9 +161,7 @@ def test_bad_classes_are_one_line(folder, text):
 
 def test_label_outside_the_classes_is_named(folder, digits):
     write_tar(folder / "train-000001.tar", digits.train_images[:2], np.array([3, 10]))
-    with pytest.raises(
-        MinerError, match=r"train-000001\.tar: 000001: label 10; classes\.json has labels 0 to 9"
-    ):
+    with pytest.raises(MinerError, match=r"train-000001\.tar: 000001: label 10; classes\.json has labels 0 to 9"):
         load_id(str(folder))
 
 
@@ -194,18 +186,14 @@ def test_broken_gzip_and_broken_tar_name_the_file_of_the_user(folder):
 
 
 def test_unknown_id_set_names_the_choices():
-    with pytest.raises(
-        UsageError, match=r"'cifar11': no such folder; .* demo, or one of cifar10, cifar100, svhn"
-    ):
+    with pytest.raises(UsageError, match=r"'cifar11': no such folder; .* demo, or one of cifar10, cifar100, svhn"):
         load_id("cifar11")
 
 
 def test_download_that_fails_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("OUTLIER_DATASETS", str(tmp_path / "file"))
-    with pytest.raises(
-        MinerError, match=r"file: cannot download cifar10 \(.*\); put it there yourself"
-    ) as caught:
+    with pytest.raises(MinerError, match=r"file: cannot download cifar10 \(.*\); put it there yourself") as caught:
         load_id("cifar10")
     assert "\n" not in str(caught.value)
 
@@ -299,9 +287,7 @@ def test_dropout_repeats_with_the_seed(digits):
     assert torch.equal(*weights)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"batch": 1}, {"lr": 0.0}, {"lr": float("nan")}, {"warmup": 1.0}]
-)
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch": 1}, {"lr": 0.0}, {"lr": float("nan")}, {"warmup": 1.0}])
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         PretrainConfig(**wrong)
@@ -310,9 +296,7 @@ def test_settings_that_make_no_sense_are_refused(wrong):
 def test_diverging_pretraining_says_where_and_what_to_do(digits):
     net = models.create("small", 10)
     config = PretrainConfig(epochs=3, batch=64, lr=1e30, warmup=0.01)
-    with pytest.raises(
-        MinerError, match=r"pre-training, epoch \d+, step \d+: the loss became (nan|inf); lower .*--lr"
-    ):
+    with pytest.raises(MinerError, match=r"pre-training, epoch \d+, step \d+: the loss became (nan|inf); lower .*--lr"):
         pretrain(net, cut(digits, 600), config, 0, CPU, silent)
 
 
@@ -414,9 +398,7 @@ def test_pickles_are_refused_with_the_way_out(tmp_path):
     (tmp_path / "net.pt").rename(tmp_path / "net.safetensors")  # told by its bytes, not by its name
     (tmp_path / "old.pth").write_bytes(b"whatever")
     for name in ("net.safetensors", "old.pth"):
-        with pytest.raises(
-            MinerError, match=rf"{name}: a pickle, which can run code .*safetensors\.torch\.save_file"
-        ):
+        with pytest.raises(MinerError, match=rf"{name}: a pickle, which can run code .*safetensors\.torch\.save_file"):
             load_checkpoint(tmp_path / name)
 
 

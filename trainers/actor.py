@@ -19,16 +19,13 @@ _FORWARD = 256  # images a forward pass on a CPU (fits its caches); who scores a
 class Trainer:
     """One classifier and the ID set, as a plain class: tests use it without Ray."""
 
-    def __init__(
-        self, model: str, id_set: IdSet, seed: int, threads: int, alpha: float, lr: float, batch: int
-    ) -> None:
+    def __init__(self, model: str, id_set: IdSet, seed: int, threads: int, alpha: float, lr: float, batch: int) -> None:
         torch.set_num_threads(threads)
         self.threads, self.seed, self.alpha, self.batch = threads, seed, alpha, batch
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.id_set = id_set
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.net = place(models.create(model, len(id_set.classes)), self.device).eval()
+        self.net = models.create(model, len(id_set.classes), seed)
+        place(self.net, self.device).eval()
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
         self.nearest: NearestID | None = None
         self.centroids: np.ndarray | None = None
@@ -147,4 +144,5 @@ class Trainer:
 
 
 # One thread works, one call at a time in the order they came; the other answers ``progress`` meanwhile.
-TrainerActor = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"tell": 1})(Trainer)
+_OPTIONS: Any = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"tell": 1}}
+TrainerActor = ray.remote(**_OPTIONS)(Trainer)

@@ -47,14 +47,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
             text = (tensors.metadata() or {}).get("outlier-miner", "{}")
             return {name: tensors.get_tensor(name) for name in tensors.keys()}, json.loads(text)  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise MinerError(
-            f"{where}: not a sound safetensors file ({error}); write or fetch it again"
-        ) from None
+        raise MinerError(f"{where}: not a sound safetensors file ({error}); write or fetch it again") from None
 
 
-def load_net(
-    path: str | os.PathLike[str], model: str, classes: Sequence[str]
-) -> tuple[models.Net, dict[str, Any]]:
+def load_net(path: str | os.PathLike[str], model: str, classes: Sequence[str]) -> tuple[models.Net, dict[str, Any]]:
     """The net ``model`` with the weights of ``path`` (on the CPU), and the file's metadata.
 
     Raises MinerError when the file was made for another model or other classes, or its tensors do not fit.
@@ -65,9 +61,7 @@ def load_net(
         raise MinerError(f"{where}: holds {meta['model']}, not {model}; pass --model {meta['model']}")
     made_for = list(meta.get("classes", classes))
     if len(made_for) != len(classes):
-        raise MinerError(
-            f"{where}: made for {len(made_for)} classes, the ID set has {len(classes)}; pre-train anew"
-        )
+        raise MinerError(f"{where}: made for {len(made_for)} classes, the ID set has {len(classes)}; pre-train anew")
     if made_for != list(classes):
         first = next(i for i, pair in enumerate(zip(made_for, classes, strict=True)) if pair[0] != pair[1])
         raise MinerError(

@@ -107,13 +107,9 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         names = tuple(str(entry["name"] if isinstance(entry, dict) else entry) for entry in entries)
-        ordered = all(
-            entry.get("index", i) == i for i, entry in enumerate(entries) if isinstance(entry, dict)
-        )
+        ordered = all(entry.get("index", i) == i for i, entry in enumerate(entries) if isinstance(entry, dict))
     except FileNotFoundError:
-        raise MinerError(
-            f"{path}: missing; write the class names there, a JSON list in label order"
-        ) from None
+        raise MinerError(f"{path}: missing; write the class names there, a JSON list in label order") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MinerError(f"{path}: not a JSON list of class names ({error})") from None
     if len(names) < 2 or not isinstance(entries, list) or not ordered:
@@ -126,9 +122,7 @@ def _load_split(folder: Path, split: str, size: int, classes: int) -> Half:
     unpacked = {path.with_suffix("") for path in tars if path.suffix == ".gz"} & set(tars)
     tars = [path for path in tars if path.suffix != ".gz" or path.with_suffix("") not in unpacked]
     if not tars:
-        raise MinerError(
-            f"{folder}: no {split}-*.tar or {split}-*.tar.gz in it; an ID set needs train and test tars"
-        )
+        raise MinerError(f"{folder}: no {split}-*.tar or {split}-*.tar.gz in it; an ID set needs train and test tars")
     halves = [_load_tar(path, size, classes) for path in tars]
     return np.concatenate([half[0] for half in halves]), np.concatenate([half[1] for half in halves])
 
@@ -165,9 +159,7 @@ def _decode_tar(tar: Path, source: Path, size: int, classes: int) -> Half:
         try:
             images[row] = decode(data, size)
         except ValueError as error:
-            raise MinerError(
-                f"{source}: {sample.key}: does not decode ({error}); remove this image"
-            ) from None
+            raise MinerError(f"{source}: {sample.key}: does not decode ({error}); remove this image") from None
         labels[row] = sample.label
     return images, labels
 

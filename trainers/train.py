@@ -67,9 +67,7 @@ class FineTuneConfig:
 
 def _check(epochs: int, batch: int, lr: float) -> None:
     if epochs < 1 or batch < 2 or not lr > 0:
-        raise UsageError(
-            f"epochs {epochs}, batch {batch}, lr {lr}: at least 1, at least 2 and above 0 are needed"
-        )
+        raise UsageError(f"epochs {epochs}, batch {batch}, lr {lr}: at least 1, at least 2 and above 0 are needed")
 
 
 def amp_dtype(device: torch.device) -> torch.dtype | None:
@@ -275,9 +273,7 @@ def fine_tune(
     meter = _Meter("fine-tune", config.epochs, steps, on_progress)
     with _own_randomness(seed, device) as generator:
         id_rows = _batches(len(images), batch, config.epochs, generator)
-        for step, (rows, others) in enumerate(
-            zip(id_rows, _cycle(len(pool), batch, generator), strict=False)
-        ):
+        for step, (rows, others) in enumerate(zip(id_rows, _cycle(len(pool), batch, generator), strict=False)):
             _set_lr(optimizer, config.lr, step / steps, warmup=0.0)
             rows, others = rows.to(device), others.to(device)
             x = normalise(augment(images[rows], generator, id_set.flip))

@@ -1,0 +1,43 @@
+"""Starting or joining Ray, and getting results with errors that people can read."""
+
+import logging
+import os
+from typing import Any
+
+import ray
+
+from miner.errors import MinerError
+
+
+def connect(address: str | None, num_cpus: int | None = None) -> int:
+    """Join the Ray cluster at ``address``, or start one for this process alone; returns its number of CPU slots.
+
+    Never joins a cluster that merely happens to run here. Raises MinerError when none answers at ``address``.
+    """
+    if ray.is_initialized():
+        return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    # Else Ray warns at every start that it will stop hiding the accelerators of actors that ask for none.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    own = address in (None, "local")
+    options: dict[str, Any] = {"num_cpus": num_cpus, "include_dashboard": False} if own else {}
+    # Waiting threads must not spin: torch and faiss bring a thread pool each, and few cores serve both.
+    options["runtime_env"] = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise MinerError(f"--address {address}: cannot join Ray ({first}); check it, or leave it out") from None
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def get(refs: Any) -> Any:
+    """``ray.get``, with a worker's own MinerError brought back as itself, and a dead worker as one line."""
+    try:
+        return ray.get(refs)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, MinerError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayActorError as error:
+        message = str(error).strip().splitlines()[0]
+        raise MinerError(f"a worker process died ({message}); run the same command again to go on") from None

@@ -1,0 +1,523 @@
+"""The main job from end to end on Ray: any number of actors, kills, full disks, broken nets, all rules."""
+
+import dataclasses
+import gc
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from miner import cluster, demo
+from miner.build import finish, prepare, run_job
+from miner.config import Config, Data, Game, Machines, Selection
+from miner.errors import MinerError, UsageError
+from miner.images import png
+from miner.mine import Mined, mine
+from miner.pool import Pool
+from miner.sources import Recipe
+from miner.subset import load_subset
+from miner.tars import TarWriter
+from miner.weights import TABLE, load_weights
+from trainers.actor import Trainer
+from trainers.checkpoint import load_net, save_checkpoint
+from trainers.data import load_id
+from trainers.train import PretrainConfig
+
+COUNTS = (500, 502, 498)  # images a shard; the second holds a repeated and a broken one
+TWIN, BROKEN = 300, 301
+GAMMAS = (0.1, 0.01)
+
+
+def build_pool(folder: Path, labelled: bool) -> Pool:
+    images, labels = demo.pool_arrays()
+    encoded = [png(image) for image in images[: sum(COUNTS)]]
+    encoded[COUNTS[0] + TWIN] = encoded[7]
+    encoded[COUNTS[0] + BROKEN] = encoded[8][:200]  # a PNG that was cut off
+    folder.mkdir(parents=True)
+    first = 0
+    for shard, count in enumerate(COUNTS):
+        with TarWriter(folder / f"part-{shard}.tar") as tar:
+            for i in range(first, first + count):
+                tar.write(f"{i:06d}.png", encoded[i])
+                if labelled:
+                    tar.write(f"{i:06d}.cls", str(labels[i]).encode())
+        first += count
+    if labelled:
+        (folder / "classes.json").write_text(json.dumps(demo.FAMILIES))
+    recipe = Recipe("tars", (str(folder),))
+    plan = prepare(recipe, str(folder))
+    for job in plan.jobs:
+        run_job(str(folder), job)
+    return finish(recipe, str(folder), "mixed", plan)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    return build_pool(tmp_path_factory.mktemp("pools") / "mixed", labelled=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One short training of the classifier for all runs."""
+    before = torch.get_num_threads()
+    id_set = load_id("demo")
+    trainer = Trainer("small", id_set, seed=0, threads=1, alpha=0.5, lr=0.001, batch=32)
+    report = trainer.pretrain(PretrainConfig(epochs=3, batch=64, lr=0.1))
+    torch.set_num_threads(before)
+    path = tmp_path_factory.mktemp("net") / "small.safetensors"
+    meta = {"model": "small", "classes": list(id_set.classes), "accuracy": report["accuracy"]}
+    save_checkpoint(path, trainer.net, meta)
+    return path
+
+
+@pytest.fixture(scope="module")
+def _ray() -> Iterator[None]:
+    cluster.connect(None)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def base(_ray: None, pool: Pool, checkpoint: Path) -> Config:
+    """Three short rounds on one pool actor and one trainer."""
+    return Config(
+        data=Data(pool=pool.path, checkpoint=checkpoint, seed=3),
+        game=Game(rounds=3, steps=4, batch=32),
+        selection=Selection(gamma=GAMMAS),
+        machines=Machines(pool_actors=1, trainers=1, threads=1),
+    )
+
+
+def change(config: Config, out: Path, **values: Any) -> Config:
+    """``config`` with another run directory and other settings, each given by its own name."""
+    parts = {}
+    for part in ("data", "game", "selection", "machines", "output"):
+        old = getattr(config, part)
+        known = {field.name for field in dataclasses.fields(old)}
+        parts[part] = dataclasses.replace(old, **{k: values.pop(k) for k in known & values.keys()})
+    assert not values
+    return dataclasses.replace(config, **parts | {"output": dataclasses.replace(parts["output"], out=out)})
+
+
+def failure(config: Config) -> MinerError:
+    """The error that a run ends with, let go of its traceback: that would keep the run's actors alive."""
+    try:
+        mine(config)
+    except MinerError as error:
+        found = type(error)(str(error))
+    else:
+        raise AssertionError("the run went through")
+    gc.collect()
+    assert "\n" not in str(found)
+    return found
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every byte that a user gets: subsets and weights table."""
+    paths = [p for top in ("subset-*", "weights") for p in run.glob(f"{top}/*")]
+    assert len(paths) == 2 * 4 + len(COUNTS)
+    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def plain(base: Config, tmp_path_factory: pytest.TempPathFactory) -> Mined:
+    """The undisturbed run that others are compared with."""
+    return mine(change(base, tmp_path_factory.mktemp("plain") / "run"))
+
+
+# --- what a run leaves ---
+
+
+def test_a_run_leaves_weights_of_the_whole_pool(plain: Mined, pool: Pool) -> None:
+    table = load_weights(plain.run)
+    assert table.schema.equals(TABLE)
+    assert table.schema.metadata[b"pool_fingerprint"] == pool.fingerprint.encode()
+    index = pool.index(["uid", "key", "shard", "row", "label"])
+    assert table.select(index.column_names).equals(index)
+    reason = np.array(table["excluded_by"].to_pylist(), dtype=object)
+    assert [table["key"][int(i)].as_py() for i in np.flatnonzero(reason == "duplicate")] == ["000800"]
+    assert [table["key"][int(i)].as_py() for i in np.flatnonzero(reason == "decode")] == ["000801"]
+    near = reason == "near-id"
+    assert near.sum() == pytest.approx(0.25 * (sum(COUNTS) - 2), abs=2)
+    eligible = np.equal(reason, None)
+    cosine = table["nn50_id_cosine"].to_numpy()
+    assert cosine[near].min() > cosine[eligible].max()
+    weight = table["weight"].to_numpy()
+    assert weight[eligible].mean() == pytest.approx(1.0, rel=1e-5)
+    assert (weight[~eligible] == 0).all()
+    assert weight[eligible].min() > 0
+    assert sorted(table["rank"].drop_null().to_pylist()) == list(range(eligible.sum()))
+    assert table["rank"].is_valid().to_numpy().tolist() == eligible.tolist()
+    assert (table["visits"].to_numpy()[eligible] == 3).all()
+    assert plain.summary["excluded"] == {
+        "exclude-list": 0,
+        "duplicate": 1,
+        "decode": 1,
+        "near-id": int(near.sum()),
+    }
+    assert len(plain.summary["undecodable"]) == 1
+    assert "000801" in plain.summary["undecodable"][0]
+    lines = (plain.run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0, 1, 2]
+
+
+def test_harder_images_weigh_more(plain: Mined) -> None:
+    table = load_weights(plain.run)
+    kept = table.filter(table["excluded_by"].is_null())
+    weight, loss = kept["weight"].to_numpy(), kept["loss_mean"].to_numpy()
+    assert np.corrcoef(np.log(weight), loss)[0, 1] > 0.9
+
+
+def test_subsets_are_exact_nested_and_hold_the_pool_bytes(plain: Mined, pool: Pool) -> None:
+    large, small = (load_subset(path) for path in plain.subsets)
+    assert (len(large), len(small)) == (150, 15)
+    assert small.uids == large.uids[:15]
+    assert len(set(large.uids)) == 150
+    index = pool.index(["uid", "shard", "row"]).to_pylist()
+    places = {row["uid"]: (row["shard"], row["row"]) for row in reversed(index)}
+    for i in range(0, 150, 10):
+        shard, row = places[large.uids[i]]
+        assert large.encoded(i) == pool.read(shard, [row])[0]
+    table = load_weights(plain.run)
+    expected = table.filter(table["rank"].is_valid()).sort_by("rank")["uid"].to_pylist()[:150]
+    assert large.uids == expected
+    assert sum(large.recipe["classes"].values()) == 150
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its file to the collector
+def test_a_subset_is_read_by_tarfile_webdataset_and_torch(plain: Mined) -> None:
+    folder = plain.subsets[0]
+    subset = load_subset(folder)
+    images = [subset.encoded(i) for i in range(len(subset))]
+    tars = [str(folder / tar["name"]) for tar in subset.recipe["tars"]]
+    with tarfile.open(tars[0]) as tar:
+        plain_images = [tar.extractfile(m).read() for m in tar if m.name.endswith(".png")]
+    assert plain_images == images
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
+    assert [sample["png"] for sample in samples] == images
+    assert [json.loads(sample["json"])["uid"] for sample in samples] == subset.uids
+    assert [int(sample["cls"]) for sample in samples] == subset.manifest["label"].to_pylist()
+    pixels = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in images]
+    for loader in (
+        DataLoader(subset, batch_size=20),
+        DataLoader(subset, batch_size=20, num_workers=2, multiprocessing_context="spawn"),
+    ):
+        batches = list(loader)
+        found = torch.cat([batch for batch, _ in batches]).permute(0, 2, 3, 1).numpy()
+        assert (found == np.stack(pixels)).all()
+        assert set(torch.cat([labels for _, labels in batches]).tolist()) == {-1}
+    streamed = [image.permute(1, 2, 0).numpy() for image, _ in subset.stream()]
+    assert (np.stack(streamed) == np.stack(pixels)).all()
+    workers = DataLoader(subset.stream(), batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    shared = sorted(image.permute(1, 2, 0).numpy().tobytes() for image, _ in workers)
+    assert shared == sorted(image.tobytes() for image in pixels)
+    small = load_subset(folder, transform=lambda image: image.resize((8, 8)).size)
+    assert small[3] == ((8, 8), -1)
+
+
+def test_verify_finds_one_flipped_byte_anywhere(plain: Mined, tmp_path: Path) -> None:
+    load_subset(plain.subsets[1]).verify()
+    names = sorted(path.name for path in plain.subsets[1].iterdir())
+    assert names == ["manifest.parquet", "outliers-000000.tar", "sizes.json", "subset.json"]
+    for name in names[:2]:
+        copy = tmp_path / name
+        shutil.copytree(plain.subsets[1], copy)
+        subset = load_subset(copy)
+        data = bytearray((copy / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (copy / name).write_bytes(data)
+        with pytest.raises(MinerError, match=name):
+            subset.verify()
+
+
+def test_a_subset_that_was_cut_off_is_refused(plain: Mined, tmp_path: Path) -> None:
+    shutil.copytree(plain.subsets[1], tmp_path / "s")
+    (tmp_path / "s" / "subset.json").unlink()
+    with pytest.raises(MinerError, match=r"subset\.json: missing"):
+        load_subset(tmp_path / "s")
+
+
+# --- the same bytes, however it is run ---
+
+
+@pytest.mark.parametrize(("actors", "trainers"), [(2, 1), (3, 2)])
+def test_the_number_of_actors_changes_no_byte(
+    plain: Mined, base: Config, tmp_path: Path, actors: int, trainers: int
+) -> None:
+    slots = ray.cluster_resources()
+    if trainers > slots.get("GPU", slots["CPU"]):
+        pytest.skip("not enough GPUs or CPUs for two trainers")
+    other = mine(change(base, tmp_path / "run", pool_actors=actors, trainers=trainers))
+    assert other.summary["pool_actors"] == actors
+    assert len(other.summary["trainers"]) == trainers
+    assert contents(other.run) == contents(plain.run)
+
+
+def test_another_seed_gives_another_subset(plain: Mined, base: Config, tmp_path: Path) -> None:
+    other = mine(change(base, tmp_path / "run", seed=4, rounds=1))
+    assert set(load_subset(other.subsets[0]).uids) != set(load_subset(plain.subsets[0]).uids)
+
+
+def command(config: Config) -> list[str]:
+    """The command line of ``config``."""
+    data, game, machines = config.data, config.game, config.machines
+    flags = {
+        "pool": data.pool,
+        "checkpoint": data.checkpoint,
+        "seed": data.seed,
+        "rounds": game.rounds,
+        "steps": game.steps,
+        "batch": game.batch,
+        "pool-actors": machines.pool_actors,
+        "threads": machines.threads,
+        "out": config.output.out,
+    }
+    gammas = ["--gamma", *map(str, config.selection.gamma)]
+    return [sys.executable, "-m", "pipelines.resample", *gammas] + [f"--{k}={v}" for k, v in flags.items()]
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(plain: Mined, base: Config, tmp_path: Path) -> None:
+    config = change(base, tmp_path / "run", pool_actors=2)
+    root = Path(__file__).parent.parent
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command(config), cwd=root, stderr=log, stdout=log, start_new_session=True)
+    try:
+        mark = tmp_path / "run" / "rounds" / "000000" / "COMMITTED"
+        end = time.monotonic() + 180
+        while not mark.exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "run" / "weights").exists()
+    rounds = [p.parent.name for p in tmp_path.glob("run/rounds/*/COMMITTED")]
+    assert "000000" in rounds
+    assert "000002" not in rounds
+    begun = mark.stat().st_mtime_ns
+    mined = mine(change(config, tmp_path / "run", resume=True))
+    assert contents(mined.run) == contents(plain.run)
+    assert not mark.exists() or mark.stat().st_mtime_ns == begun  # round 0 was not played again
+
+
+def test_a_finished_run_is_exported_again_without_playing(plain: Mined, base: Config, tmp_path: Path) -> None:
+    shutil.copytree(plain.run, tmp_path / "run")
+    (tmp_path / "run" / "subset-0.1" / "subset.json").unlink()
+    again = mine(change(base, tmp_path / "run"))
+    assert contents(again.run) == contents(plain.run)
+    assert again.summary["seconds"]["game"] < plain.summary["seconds"]["game"]
+    other = mine(change(base, tmp_path / "run", gamma=(0.05,), draw="eq20"))
+    assert [path.name for path in other.subsets] == ["subset-0.05"]
+    large = set(load_subset(plain.subsets[0]).uids)
+    assert load_subset(other.subsets[0]).recipe["draw"] == "eq20"
+    assert set(load_subset(other.subsets[0]).uids) != large
+
+
+# --- every rule ---
+
+
+@pytest.mark.parametrize("rule", ["paper", "reference", "equilibrium", "uniform", "toploss"])
+def test_every_rule_runs_end_to_end(base: Config, tmp_path: Path, rule: str) -> None:
+    eta = 0.5 if rule == "paper" else 1.0
+    mined = mine(change(base, tmp_path / "run", rule=rule, rounds=2, steps=3, pool_actors=3, eta=eta))
+    large, small = (load_subset(path) for path in mined.subsets)
+    assert (len(large), len(small)) == (150, 15)
+    assert small.uids == large.uids[:15]
+    table = load_weights(mined.run)
+    kept = table.filter(table["excluded_by"].is_null())
+    weight, loss = kept["weight"].to_numpy(), kept["loss_mean"].to_numpy()
+    assert weight.mean() == pytest.approx(1.0, rel=1e-5)
+    if rule == "uniform":
+        assert np.ptp(weight) == 0
+    elif rule == "reference":
+        assert kept["visits"].to_numpy().sum() == len(kept) + 2 * 3 * 32  # the guard's sweep and all draws
+        assert np.ptp(weight) > 0.01
+    else:
+        assert np.corrcoef(weight, loss)[0, 1] > 0.5
+    if rule == "toploss":
+        assert mined.summary["subsets"]["subset-0.1"]["count"] == 150
+        assert load_subset(mined.subsets[0]).recipe["draw"] == "topk"
+
+
+def test_reference_goes_on_after_a_stop_with_the_same_bytes(base: Config, tmp_path: Path) -> None:
+    settings = {"rule": "reference", "rounds": 3, "steps": 3, "exclude_near_id": 0.0, "strata": 0}
+    whole = mine(change(base, tmp_path / "whole", **settings, pool_actors=2))
+    shutil.copytree(whole.run, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "rounds" / "000002")
+    for left in ("weights", "subset-0.1", "subset-0.01"):
+        shutil.rmtree(tmp_path / "cut" / left)
+    again = mine(change(base, tmp_path / "cut", **settings))
+    assert contents(again.run) == contents(whole.run)
+    table = load_weights(again.run)
+    assert table["nn_id_row"].null_count == len(table)
+    assert table["loss"].null_count > 0  # this rule scores what it draws and no more
+    assert table["visits"].to_numpy().sum() == 3 * 3 * 32
+
+
+def test_random_draw_on_a_pool_without_labels(base: Config, tmp_path: Path) -> None:
+    bare = build_pool(tmp_path / "bare", labelled=False)
+    mined = mine(change(base, tmp_path / "run", pool=bare.path, draw="random", rounds=1, gamma=(0.1,)))
+    subset = load_subset(mined.subsets[0])
+    assert len(subset) == 150
+    assert subset.manifest["label"].null_count == 150
+    assert subset.recipe["classes"] == {}
+    with tarfile.open(subset.path / "outliers-000000.tar") as tar:
+        assert {name.partition(".")[2] for name in tar.getnames()} == {"png", "json"}
+
+
+# --- what goes wrong ---
+
+
+def damaged(checkpoint: Path, path: Path, name: str) -> Path:
+    net, meta = load_net(checkpoint, "small", demo.CLASSES)
+    dict(net.named_parameters())[name].data.view(-1)[0] = float("nan")
+    save_checkpoint(path, net, meta)
+    return path
+
+
+def test_losses_that_are_not_finite_end_the_run_and_name_keys(base: Config, checkpoint: Path, tmp_path: Path) -> None:
+    net, _ = load_net(checkpoint, "small", demo.CLASSES)
+    names = [name for name, _ in net.named_parameters()]
+    for name in (names[0], names[-1]):  # in the trunk features are not finite either
+        bad = damaged(checkpoint, tmp_path / f"{name}.safetensors", name)
+        error = failure(change(base, tmp_path / name, checkpoint=bad))
+        assert "losses are not finite" in str(error)
+        assert "keys 000" in str(error)
+        assert "part-" in str(error)
+        assert not list((tmp_path / name).glob("rounds/*/COMMITTED"))
+
+
+def test_a_run_is_not_continued_under_other_settings(plain: Mined, base: Config) -> None:
+    before = contents(plain.run)
+    error = failure(change(base, plain.run, eta=0.25, steps=5, strata=3))
+    assert "game.eta: 1.0 there, 0.25 now" in str(error)
+    assert "game.steps: 4 there, 5 now" in str(error)
+    assert "guard.strata: None there, 3 now" in str(error)
+    assert "game.rounds" not in str(error)
+    assert contents(plain.run) == before
+
+
+def test_resume_insists_on_a_run(base: Config, tmp_path: Path) -> None:
+    error = failure(change(base, tmp_path / "none", resume=True))
+    assert "no run to resume" in str(error)
+    assert not (tmp_path / "none" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"gamma": (0.8,)}, "--gamma 0.8 cannot be had when --exclude-near-id 0.25"),
+        ({"gamma": (0.0,)}, "--gamma 0:"),
+        ({"gamma": (0.1, 1.5)}, r"--gamma 1.5:"),
+        ({"exclude_near_id": 1.0}, "--exclude-near-id 1:"),
+        ({"rounds": 0}, "--rounds 0:"),
+        ({"steps": 0}, "--steps 0:"),
+        ({"strata": -1}, "--strata -1:"),
+        ({"pool": "nowhere-at-all"}, "no pool 'nowhere-at-all'"),
+        ({"id": "no-such-id"}, "no-such-id"),
+    ],
+)
+def test_senseless_flags_are_refused_before_anything_is_written(
+    base: Config, tmp_path: Path, settings: dict[str, Any], text: str
+) -> None:
+    error = failure(change(base, tmp_path / "run", **settings))
+    assert isinstance(error, UsageError)
+    assert text in str(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gamma_that_exclusions_leave_no_room_for(base: Config, tmp_path: Path) -> None:
+    error = failure(change(base, tmp_path / "run", rounds=1, gamma=(1.0,), exclude_near_id=0.0))
+    assert "asks for 1,500 of 1,500 images but only 1,498 are left" in str(error)
+
+
+def test_a_shard_that_lost_bytes_is_noticed_before_any_work(base: Config, pool: Pool, tmp_path: Path) -> None:
+    shutil.copytree(pool.path, tmp_path / "pool")
+    path = tmp_path / "pool" / "part-2.tar"
+    os.truncate(path, path.stat().st_size - 10_240)
+    error = failure(change(base, tmp_path / "run", pool=str(tmp_path / "pool")))
+    assert str(path) in str(error)
+    assert not (tmp_path / "run").exists()
+
+
+# --- full disks ---
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system of its own that ``mount -o remount`` can enlarge."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "outlier-miner-test", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_in_a_pool_actor(plain: Mined, base: Config, checkpoint: Path, small_disk: Path) -> None:
+    def grow(size: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(small_disk)], check=True)
+
+    config = change(base, small_disk / "run")
+    error = failure(config)
+    assert "classifier.safetensors: disk full" in str(error)
+    grow(checkpoint.stat().st_size + 80_000)  # room for the classifier, but not for the first snapshot
+    error = failure(config)
+    assert "/rounds/000000/shard-00000" in str(error)
+    assert "disk full" in str(error)
+    assert "same command again" in str(error)
+    assert not list(small_disk.rglob("COMMITTED"))
+    assert not list(small_disk.rglob("*.tmp"))
+    grow(64 << 20)
+    assert contents(mine(config).run) == contents(plain.run)
+
+
+def test_a_disk_that_fills_up_in_the_driver(plain: Mined, base: Config, checkpoint: Path, tmp_path: Path) -> None:
+    config = change(base, tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # theta alone fits, theta with its momentum does not
+    resource.setrlimit(resource.RLIMIT_FSIZE, (checkpoint.stat().st_size * 3 // 2, hard))
+    try:
+        error = failure(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "rounds/000000/trainer.safetensors: disk full" in str(error)
+    assert not list(tmp_path.rglob("COMMITTED"))
+    assert contents(mine(config).run) == contents(plain.run)
+
+
+def test_a_subset_that_does_not_fit_is_written_again(plain: Mined, base: Config, tmp_path: Path) -> None:
+    shutil.copytree(plain.run, tmp_path / "run")
+    config = change(base, tmp_path / "run")
+    tar = tmp_path / "run" / "subset-0.1" / "outliers-000000.tar"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (tar.stat().st_size // 2, hard))
+    try:
+        error = failure(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"{tar}: disk full" in str(error)
+    with pytest.raises(MinerError, match=r"subset\.json: missing"):
+        load_subset(tar.parent)
+    assert contents(mine(config).run) == contents(plain.run)
+    assert pq.read_table(tar.parent / "manifest.parquet").num_rows == 150

@@ -1,0 +1,133 @@
+"""Nearest ID images and strata against brute force in float64, on features of real images."""
+
+import numpy as np
+import pytest
+import torch
+
+from miner import demo
+from miner.neighbors import POINTS_PER_STRATUM, NearestID, assign_strata, fit_strata, unit
+from trainers import models
+from trainers.data import normalise, tensor
+
+
+def features(images: np.ndarray) -> np.ndarray:
+    """Penultimate features float32 [n, 128] of an untrained net."""
+    net = models.create("small", 10).eval()
+    with torch.inference_mode():
+        return net.features(normalise(tensor(images))).numpy()
+
+
+@pytest.fixture(scope="module")
+def id_features() -> np.ndarray:
+    return features(demo.digits()[0][:700])
+
+
+@pytest.fixture(scope="module")
+def pool_features() -> np.ndarray:
+    return features(demo.pool_arrays()[0][:600])
+
+
+def brute(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nearest row (the smaller at a tie), its cosine and the k-th largest cosine."""
+    unit_rows, unit_queries = (x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True) for x in (rows, queries))
+    cosine = unit_queries @ unit_rows.T
+    return cosine.argmax(axis=1), cosine.max(axis=1), np.sort(cosine, axis=1)[:, -k]
+
+
+def test_unit_rows() -> None:
+    scaled = unit(np.array([[3.0, 4.0], [0.0, 0.0], [-2.0, 0.0]], np.float32))
+    assert scaled.dtype == np.float32
+    assert scaled == pytest.approx(np.array([[0.6, 0.8], [0, 0], [-1, 0]]))
+
+
+def test_neighbours_equal_brute_force(id_features: np.ndarray, pool_features: np.ndarray) -> None:
+    row, cosine, fiftieth = NearestID(id_features, threads=1).query(pool_features)
+    assert (row.dtype, cosine.dtype, fiftieth.dtype) == (np.int32, np.float32, np.float32)
+    best, best_cosine, kth = brute(pool_features, id_features, 50)
+    np.testing.assert_allclose(cosine, best_cosine, atol=3e-7)
+    np.testing.assert_allclose(fiftieth, kth, atol=3e-7)
+    every = brute(pool_features, id_features, 2)[2]
+    clear = best_cosine - every > 1e-6  # float32 features cannot tell nearer rows apart
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(row[clear], best[clear])
+
+
+def test_an_id_image_finds_itself(id_features: np.ndarray) -> None:
+    row, cosine, fiftieth = NearestID(id_features, threads=1).query(id_features * 2.5)
+    np.testing.assert_array_equal(row, np.arange(len(id_features)))
+    np.testing.assert_allclose(cosine, 1, atol=1e-6)
+    assert fiftieth.max() < 1
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 299])
+def test_answers_do_not_depend_on_the_batch(id_features: np.ndarray, pool_features: np.ndarray, batch: int) -> None:
+    index = NearestID(id_features, threads=1)
+    whole = index.query(pool_features)
+    parts = [index.query(pool_features[i : i + batch]) for i in range(0, len(pool_features), batch)]
+    for column, found in enumerate(whole):
+        assert np.concatenate([part[column] for part in parts]).tobytes() == found.tobytes()
+    two = NearestID(id_features, threads=2).query(pool_features)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(two, whole, strict=True))
+
+
+def test_ties_go_to_the_smaller_row(id_features: np.ndarray) -> None:
+    copies = np.concatenate([id_features[:100], id_features[:100][::-1], id_features[:100]])
+    row, _, _ = NearestID(copies, threads=1).query(id_features[:100])
+    np.testing.assert_array_equal(row, np.arange(100))
+
+
+@pytest.mark.parametrize("count", [1, 2, 49, 50, 51, 63, 64, 65])
+def test_few_id_images(id_features: np.ndarray, pool_features: np.ndarray, count: int) -> None:
+    row, cosine, fiftieth = NearestID(id_features[:count], threads=1).query(pool_features[:90])
+    best, best_cosine, kth = brute(pool_features[:90], id_features[:count], min(count, 50))
+    np.testing.assert_allclose(cosine, best_cosine, atol=3e-7)
+    np.testing.assert_allclose(fiftieth, kth, atol=3e-7)
+    assert ((row >= 0) & (row < count)).all()
+    assert (row == best).mean() > 0.9
+
+
+def test_no_query(id_features: np.ndarray) -> None:
+    found = NearestID(id_features, threads=1).query(id_features[:0])
+    assert [len(column) for column in found] == [0, 0, 0]
+
+
+# --- strata ---
+
+
+def test_strata_repeat_for_a_seed_and_differ_by_it(pool_features: np.ndarray) -> None:
+    one, again, other = (fit_strata(pool_features, 8, seed, 1) for seed in (3, 3, 4))
+    assert one.shape == (8, pool_features.shape[1])
+    assert one.dtype == np.float32
+    assert one.tobytes() == again.tobytes()
+    assert one.tobytes() != other.tobytes()
+    assert len(np.unique(assign_strata(pool_features, one))) == 8
+
+
+def test_k_means_does_better_than_random_centres(pool_features: np.ndarray) -> None:
+    points = unit(pool_features)[: 8 * POINTS_PER_STRATUM].astype(np.float64)
+
+    def spread(centres: np.ndarray) -> float:
+        return float(((points[:, None] - centres[None]) ** 2).sum(axis=2).min(axis=1).mean())
+
+    assert spread(fit_strata(pool_features[: len(points)], 8, 0, 1)) < 0.8 * spread(points[:8])
+
+
+def test_assignment_equals_brute_force(pool_features: np.ndarray) -> None:
+    centroids = fit_strata(pool_features, 12, 0, 1)
+    found = assign_strata(pool_features, centroids)
+    assert found.dtype == np.int32
+    distance = ((unit(pool_features).astype(np.float64)[:, None] - centroids[None]) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(found, distance.argmin(axis=1))
+    parts = [assign_strata(pool_features[i : i + 77], centroids) for i in range(0, 600, 77)]
+    np.testing.assert_array_equal(np.concatenate(parts), found)
+
+
+def test_a_tie_goes_to_the_smaller_centroid(pool_features: np.ndarray) -> None:
+    centroids = fit_strata(pool_features, 4, 0, 1)
+    twice = np.concatenate([centroids, centroids])
+    assert assign_strata(pool_features, twice).max() < 4
+
+
+def test_as_many_strata_as_images(pool_features: np.ndarray) -> None:
+    centroids = fit_strata(pool_features[:5], 5, 0, 1)
+    assert sorted(assign_strata(pool_features[:5], centroids).tolist()) == [0, 1, 2, 3, 4]
