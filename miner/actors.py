@@ -134,11 +134,15 @@ class PoolShards:
                 state["state"][:] = np.nan_to_num(state.loss_mean())
         return float(state.weight().sum())
 
-    def normalise(self, shard: int, round_: int, mean: float) -> None:
-        """Bring hedge's weights to mean 1 and add them to their average, once a round."""
+    def capped_sum(self, shard: int, factor: float, cap: float) -> float:
+        """sum min(cap, factor w) over a shard."""
+        return float(np.minimum(cap, factor * self.state[shard].weight()).sum())
+
+    def normalise(self, shard: int, round_: int, factor: float, cap: float) -> None:
+        """Bring hedge's weights to mean 1 and at most ``cap``, and add them to their average, once a round."""
         state = self.state[shard]
         if self.rule == "hedge" and state.averaged < round_:
-            state["state"][:] -= np.log(mean)
+            state["state"][:] = np.minimum(state["state"] + np.log(factor), np.log(cap))
             state["average"][:] += np.exp(state["state"])
         state.averaged = round_
 

@@ -43,6 +43,8 @@ class Game:
     """Training steps between two sweeps (under `reference`: all the work of a round)."""
     eta: float = 1.0
     """Step size of `hedge` (in standard deviations of the loss) and of `paper` (in units of the loss)."""
+    cap: float = 20.0
+    """`hedge`: no image weighs more than this many times the mean, so that the game stays one about subsets."""
     batch: int = 128
     """Images a training step: this many ID and as many background."""
     alpha: float = 0.5

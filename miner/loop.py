@@ -141,7 +141,12 @@ class Game:
         new_weight = sum(self.crew.each("update", round_, before, self.scale, level))
         if not np.isfinite(new_weight) or new_weight <= 0:
             raise MinerError(f"round {round_}: the weights add up to {new_weight}; lower --eta")
-        self.crew.each("normalise", round_, new_weight / before.rows)
+        factor, cap = before.rows / new_weight, self.config.game.cap
+        if self.config.game.rule == "hedge":
+            factor = rules.water_level(
+                lambda c: sum(self.crew.each("capped_sum", c, cap)), before.rows, new_weight, cap
+            )
+        self.crew.each("normalise", round_, factor, cap)
         after = rules.add_sums(self.crew.each("sums"))
         return describe(before, after)
 

@@ -62,6 +62,7 @@ def check(config: Config) -> None:
         ("--trainers", config.machines.trainers, 1),
         ("--pool-actors", config.machines.pool_actors or 1, 1),
         ("--strata", config.selection.strata or 0, 0),
+        ("--cap", config.game.cap, 1),
     ):
         if value < least:
             raise UsageError(f"{flag} {value}: must be at least {least}")

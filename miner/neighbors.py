@@ -10,6 +10,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from miner.errors import MinerError
+
 K_NEAREST = 50  # the leak guard judges by the 50th neighbour: one odd ID image should not condemn
 _SPARE = 14  # more candidates than needed, so that float32 search noise cannot decide who is 50th
 POINTS_PER_STRATUM = 64  # k-means sees this many images a stratum
@@ -59,9 +61,11 @@ class NearestID:
 
 
 def fit_strata(features_SD: Features, strata: int, seed: int, threads: int) -> Features:
-    """k-means centroids ``[strata, D]`` of unit features: one stratum a centroid."""
+    """k-means centroids ``[strata, D]`` of unit features: one stratum a centroid. MinerError if any is not finite."""
     faiss.omp_set_num_threads(threads)
     sample = unit(features_SD)
+    if not np.isfinite(sample).all():
+        raise MinerError("the classifier's features are not finite: it has diverged; give another --checkpoint")
     kmeans = faiss.Kmeans(
         sample.shape[1],
         strata,

@@ -79,6 +79,26 @@ def hedge(log_weight_N: Floats, loss_N: Floats, sums: Sums, scale: float, eta: f
     return log_weight_N + eta * (loss_N - l_out(sums)) / scale
 
 
+def water_level(capped_sum: Callable[[float], float], rows: float, total: float, cap: float) -> float:
+    """The factor c with mean min(cap, c w) = 1: the KL projection of weights onto those of at most ``cap``.
+
+    ``capped_sum(c)`` = sum_i min(cap, c w_i) is one all-reduce, ``total`` = sum w. Weights of mean 1 and at most
+    ``cap`` are what a subset of N / cap images can be, so the adversary cannot come to rest on a handful.
+    """
+    low = rows / total
+    if capped_sum(low) >= rows * (1.0 - 1e-12):
+        return low  # nothing exceeds the cap
+    high = 2.0 * low
+    while capped_sum(high) < rows * (1.0 - 1e-12):
+        if high > 1e300:
+            return high  # fewer than rows / cap images have any weight: all of them are at the cap
+        high *= 16.0
+    for _ in range(60):
+        middle = float(np.sqrt(low * high))
+        low, high = (middle, high) if capped_sum(middle) < rows else (low, middle)
+    return high
+
+
 def paper(weight_N: Floats, loss_N: Floats, sums: Sums, eta: float) -> Floats:
     """Algorithm 1 of the paper: a step along dL_out/dw_i = (l_i - L_out) / sum w, projected to w >= 0.
 

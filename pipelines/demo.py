@@ -111,7 +111,7 @@ def show(found: dict[str, Any]) -> None:
     pool = sum(f["pool_share"] for f in found["families"] if f["kind"] == "near")
     accuracy = [f"{found[arm]['ID accuracy']:.1%}" for arm in ("mined", "random")]
     console.print(
-        f"Near families are {pool:.0%} of the pool and {near:.0%} of the mined subset. Tuned with {found['size']} mined "
+        f"Near families are {pool:.0%} of the pool and {near:.0%} of the mined subset. Tuned on {found['size']} mined "
         f"images, the classifier detects what it never saw with a mean AUROC of {mined:.3f}; with as many random "
         f"ones, {random:.3f} (mean of {SEEDS} seeds; ID accuracy {accuracy[0]} against {accuracy[1]})."
     )

@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -23,15 +24,17 @@ import ray
 import torch
 import webdataset
 from PIL import Image
+from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
-from miner import cluster, demo
+from miner import demo
 from miner.build import finish, prepare, run_job
 from miner.config import Config, Data, Game, Machines, Selection
 from miner.errors import MinerError, UsageError
 from miner.images import png
 from miner.mine import Mined, mine
 from miner.pool import Pool
+from miner.rays import connect
 from miner.sources import Recipe
 from miner.subset import load_subset
 from miner.tars import TarWriter
@@ -90,7 +93,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def _ray() -> Iterator[None]:
-    cluster.connect(None)
+    connect(None)
     yield
     ray.shutdown()
 
@@ -271,11 +274,6 @@ def test_the_number_of_actors_changes_no_byte(
     assert contents(other.run) == contents(plain.run)
 
 
-def test_another_seed_gives_another_subset(plain: Mined, base: Config, tmp_path: Path) -> None:
-    other = mine(change(base, tmp_path / "run", seed=4, rounds=1))
-    assert set(load_subset(other.subsets[0]).uids) != set(load_subset(plain.subsets[0]).uids)
-
-
 def command(config: Config) -> list[str]:
     """The command line of ``config``."""
     data, game, machines = config.data, config.game, config.machines
@@ -319,23 +317,29 @@ def test_a_killed_run_goes_on_to_the_same_bytes(plain: Mined, base: Config, tmp_
     assert not mark.exists() or mark.stat().st_mtime_ns == begun  # round 0 was not played again
 
 
-def test_a_finished_run_is_exported_again_without_playing(plain: Mined, base: Config, tmp_path: Path) -> None:
+def test_a_finished_run_gives_another_draw_without_playing(plain: Mined, base: Config, tmp_path: Path) -> None:
     shutil.copytree(plain.run, tmp_path / "run")
-    (tmp_path / "run" / "subset-0.1" / "subset.json").unlink()
-    again = mine(change(base, tmp_path / "run"))
-    assert contents(again.run) == contents(plain.run)
+    before = load_subset(tmp_path / "run" / "subset-0.1").uids
+    again = mine(change(base, tmp_path / "run", gamma=(0.1, 0.05), draw="eq20"))
+    assert [path.name for path in again.subsets] == ["subset-0.1", "subset-0.05"]
     assert again.summary["seconds"]["game"] < plain.summary["seconds"]["game"]
-    other = mine(change(base, tmp_path / "run", gamma=(0.05,), draw="eq20"))
-    assert [path.name for path in other.subsets] == ["subset-0.05"]
-    large = set(load_subset(plain.subsets[0]).uids)
-    assert load_subset(other.subsets[0]).recipe["draw"] == "eq20"
-    assert set(load_subset(other.subsets[0]).uids) != large
+    large, small = (load_subset(path) for path in again.subsets)
+    assert small.uids == large.uids[: len(small)]
+    table = load_weights(again.run)
+    weight = table["weight"].to_numpy().astype(np.float64)
+    assert weight.tobytes() == load_weights(plain.run)["weight"].to_numpy().astype(np.float64).tobytes()
+    for subset, gamma in ((large, 0.1), (small, 0.05)):
+        chance = np.minimum(1, gamma * sum(COUNTS) * weight / weight.sum())
+        assert abs(len(subset) - chance.sum()) < 5 * np.sqrt((chance * (1 - chance)).sum()) + 1e-9
+        assert subset.recipe["clipped_share"] == pytest.approx((chance == 1).sum() / (weight > 0).sum())
+    assert large.recipe["draw"] == "eq20"
+    assert set(large.uids) != set(before)
 
 
 # --- every rule ---
 
 
-@pytest.mark.parametrize("rule", ["paper", "reference", "equilibrium", "uniform", "toploss"])
+@pytest.mark.parametrize("rule", ["paper", "equilibrium", "uniform", "toploss"])
 def test_every_rule_runs_end_to_end(base: Config, tmp_path: Path, rule: str) -> None:
     eta = 0.5 if rule == "paper" else 1.0
     mined = mine(change(base, tmp_path / "run", rule=rule, rounds=2, steps=3, pool_actors=3, eta=eta))
@@ -348,11 +352,8 @@ def test_every_rule_runs_end_to_end(base: Config, tmp_path: Path, rule: str) -> 
     assert weight.mean() == pytest.approx(1.0, rel=1e-5)
     if rule == "uniform":
         assert np.ptp(weight) == 0
-    elif rule == "reference":
-        assert kept["visits"].to_numpy().sum() == len(kept) + 2 * 3 * 32  # the guard's sweep and all draws
-        assert np.ptp(weight) > 0.01
     else:
-        assert np.corrcoef(weight, loss)[0, 1] > 0.5
+        assert spearmanr(weight, loss).statistic > (0.5 if rule == "paper" else 0.9999)
     if rule == "toploss":
         assert mined.summary["subsets"]["subset-0.1"]["count"] == 150
         assert load_subset(mined.subsets[0]).recipe["draw"] == "topk"
@@ -367,7 +368,9 @@ def test_reference_goes_on_after_a_stop_with_the_same_bytes(base: Config, tmp_pa
         shutil.rmtree(tmp_path / "cut" / left)
     again = mine(change(base, tmp_path / "cut", **settings))
     assert contents(again.run) == contents(whole.run)
+    assert [len(load_subset(path)) for path in again.subsets] == [150, 15]
     table = load_weights(again.run)
+    assert np.ptp(table["weight"].to_numpy()) > 0.01
     assert table["nn_id_row"].null_count == len(table)
     assert table["loss"].null_count > 0  # this rule scores what it draws and no more
     assert table["visits"].to_numpy().sum() == 3 * 3 * 32
@@ -396,14 +399,16 @@ def damaged(checkpoint: Path, path: Path, name: str) -> Path:
 
 def test_losses_that_are_not_finite_end_the_run_and_name_keys(base: Config, checkpoint: Path, tmp_path: Path) -> None:
     net, _ = load_net(checkpoint, "small", demo.CLASSES)
-    names = [name for name, _ in net.named_parameters()]
-    for name in (names[0], names[-1]):  # in the trunk features are not finite either
+    trunk, *_, head = [name for name, _ in net.named_parameters()]
+    said = {}
+    for name in (trunk, head):  # with the trunk broken features are not finite either
         bad = damaged(checkpoint, tmp_path / f"{name}.safetensors", name)
-        error = failure(change(base, tmp_path / name, checkpoint=bad))
-        assert "losses are not finite" in str(error)
-        assert "keys 000" in str(error)
-        assert "part-" in str(error)
+        said[name] = str(failure(change(base, tmp_path / name, checkpoint=bad)))
         assert not list((tmp_path / name).glob("rounds/*/COMMITTED"))
+    assert "features are not finite" in said[trunk]
+    assert "part-" in said[head]
+    assert re.search(r"(500 of 500|502 of 502|500 of 500|498 of 498) losses are not finite", said[head])
+    assert re.search(r"keys 00\d{4}, 00\d{4}", said[head])
 
 
 def test_a_run_is_not_continued_under_other_settings(plain: Mined, base: Config) -> None:
@@ -445,11 +450,6 @@ def test_senseless_flags_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_gamma_that_exclusions_leave_no_room_for(base: Config, tmp_path: Path) -> None:
-    error = failure(change(base, tmp_path / "run", rounds=1, gamma=(1.0,), exclude_near_id=0.0))
-    assert "asks for 1,500 of 1,500 images but only 1,498 are left" in str(error)
-
-
 def test_a_shard_that_lost_bytes_is_noticed_before_any_work(base: Config, pool: Pool, tmp_path: Path) -> None:
     shutil.copytree(pool.path, tmp_path / "pool")
     path = tmp_path / "pool" / "part-2.tar"
@@ -474,13 +474,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_disk_that_fills_up_in_a_pool_actor(plain: Mined, base: Config, checkpoint: Path, small_disk: Path) -> None:
+def test_a_disk_that_fills_up(plain: Mined, base: Config, checkpoint: Path, small_disk: Path) -> None:
     def grow(size: int) -> None:
         subprocess.run(["mount", "-o", f"remount,size={size}", str(small_disk)], check=True)
 
     config = change(base, small_disk / "run")
-    error = failure(config)
-    assert "classifier.safetensors: disk full" in str(error)
     grow(checkpoint.stat().st_size + 80_000)  # room for the classifier, but not for the first snapshot
     error = failure(config)
     assert "/rounds/000000/shard-00000" in str(error)
@@ -489,20 +487,6 @@ def test_a_disk_that_fills_up_in_a_pool_actor(plain: Mined, base: Config, checkp
     assert not list(small_disk.rglob("COMMITTED"))
     assert not list(small_disk.rglob("*.tmp"))
     grow(64 << 20)
-    assert contents(mine(config).run) == contents(plain.run)
-
-
-def test_a_disk_that_fills_up_in_the_driver(plain: Mined, base: Config, checkpoint: Path, tmp_path: Path) -> None:
-    config = change(base, tmp_path / "run")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # theta alone fits, theta with its momentum does not
-    resource.setrlimit(resource.RLIMIT_FSIZE, (checkpoint.stat().st_size * 3 // 2, hard))
-    try:
-        error = failure(config)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "rounds/000000/trainer.safetensors: disk full" in str(error)
-    assert not list(tmp_path.rglob("COMMITTED"))
     assert contents(mine(config).run) == contents(plain.run)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from miner import demo
+from miner.errors import MinerError
 from miner.neighbors import POINTS_PER_STRATUM, NearestID, assign_strata, fit_strata, unit
 from trainers import models
 from trainers.data import normalise, tensor
@@ -131,3 +132,10 @@ def test_a_tie_goes_to_the_smaller_centroid(pool_features: np.ndarray) -> None:
 def test_as_many_strata_as_images(pool_features: np.ndarray) -> None:
     centroids = fit_strata(pool_features[:5], 5, 0, 1)
     assert sorted(assign_strata(pool_features[:5], centroids).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_features_that_are_not_finite(pool_features: np.ndarray) -> None:
+    broken = pool_features[:20].copy()
+    broken[3, 0] = np.nan
+    with pytest.raises(MinerError, match="features are not finite"):
+        fit_strata(broken, 4, 0, 1)
