@@ -1,0 +1,84 @@
+"""Do runs agree, and what did they find?
+
+python -m pipelines.agree runs/seed0 runs/seed1 --flag cifar10_strict
+
+For each pair of runs over one pool: Spearman's rho of the weights and IoU of the heaviest images, beside what chance
+gives. With --flag, for each run: how much of its heaviest images and of its subsets belongs to classes that carry
+this entry in the pool's class_info, beside their share of the pool.
+"""
+
+import json
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+import tyro
+
+from miner.errors import UsageError
+from miner.pool import Pool
+from miner.subset import load_subset
+from miner.weights import load_weights
+from pipelines import cli
+from pipelines.report import spearman
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compare runs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run directories."""
+    top: float = 0.1
+    """Share of the pool that counts as the heaviest images."""
+    flag: str | None = None
+    """Entry of class_info in pool.json that marks a class, e.g. `cifar10_strict`: it shows an ID class."""
+
+
+def heaviest(weight_N: np.ndarray, top: float) -> np.ndarray:
+    """Mask bool ``[N]`` of the floor(top N) largest weights; ties go to the earlier row."""
+    chosen = np.zeros(len(weight_N), bool)
+    chosen[np.argsort(-weight_N, kind="stable")[: int(top * len(weight_N))]] = True
+    return chosen
+
+
+def agreement(weight_N: np.ndarray, other_N: np.ndarray, top: float) -> tuple[float, float]:
+    """(Spearman's rho, IoU of the heaviest) of two runs' weights."""
+    a, b = heaviest(weight_N, top), heaviest(other_N, top)
+    return spearman(weight_N, other_N), float((a & b).sum() / (a | b).sum())
+
+
+def shares(run: Path, table: pa.Table, top: float, flag: str) -> str:
+    """Share of the flagged classes in the pool, the heaviest images and each subset."""
+    pool = Pool.open(json.loads((run / "summary.json").read_text())["pool_path"])
+    marked = np.array([bool(entry.get(flag)) for entry in pool.class_info or []])
+    if not marked.any():
+        raise UsageError(f"--flag {flag}: no class of {pool.path}/pool.json carries it")
+    inside = marked[table["label"].to_numpy()]
+    top_share = inside[heaviest(table["weight"].to_numpy(), top)].mean()
+    text = f"{inside.mean():.1%} of the pool, {top_share:.1%} of the heaviest {top:.0%}"
+    for subset in sorted(run.glob("subset-*")):
+        text += f", {marked[load_subset(subset).manifest['label'].to_numpy()].mean():.1%} of {subset.name}"
+    return f"{run}: {flag}: {text}"
+
+
+def main() -> None:
+    """Print shares and agreements."""
+    config = tyro.cli(Config, description=__doc__)
+    tables = {run: load_weights(run) for run in config.runs}
+    for run, table in tables.items() if config.flag else ():
+        print(shares(run, table, config.top, str(config.flag)))
+    for one, other in combinations(config.runs, 2):
+        if tables[one]["uid"] != tables[other]["uid"]:
+            raise UsageError(f"{one} and {other}: mined from different pools, their weights cannot be compared")
+        rho, iou = agreement(tables[one]["weight"].to_numpy(), tables[other]["weight"].to_numpy(), config.top)
+        chance = config.top / (2 - config.top)
+        print(
+            f"{one} and {other}: Spearman {rho:.3f}, IoU of the heaviest {config.top:.0%} {iou:.3f} (chance {chance:.3f})"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)
