@@ -1,14 +1,38 @@
 """Set out the pool and trainer actors of a run on whatever machines Ray has."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from miner.config import Config
 from miner.errors import UsageError
-from miner.loop import Crew
+from miner.rays import get
 from trainers.data import IdSet
+
+
+@dataclass
+class Crew:
+    """The actors and who owns what."""
+
+    pools: list[Any]
+    owner: list[Any]  # shard -> pool actor
+    trainers: list[Any]
+
+    def each(self, method: str, *args: Any, per_shard: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
+        """``method(shard, *per_shard[shard], *args)`` for every shard, one message an actor; in shard order."""
+        extra = per_shard or [()] * len(self.owner)
+        mine = [[s for s, owner in enumerate(self.owner) if owner is actor] for actor in self.pools]
+        calls = [
+            actor.each.remote(method, shards, [extra[s] for s in shards], args)
+            for actor, shards in zip(self.pools, mine, strict=True)
+        ]
+        found = {
+            s: r for shards, results in zip(mine, get(calls), strict=True) for s, r in zip(shards, results, strict=True)
+        }
+        return [found[shard] for shard in range(len(self.owner))]
 
 
 def crew(config: Config, pool: str, shards: int, id_set: IdSet) -> Crew:

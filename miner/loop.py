@@ -7,7 +7,7 @@ random numbers depend on (seed, round, shard, uid), never on how many actors the
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import ray
 
 from miner import rules
+from miner.cluster import Crew
 from miner.config import Config
 from miner.errors import MinerError
 from miner.progress import Display
@@ -26,28 +27,6 @@ BLOCK = 4096  # images a scoring message; cut by shard, so that arithmetic does 
 IN_FLIGHT = 3  # blocks on their way to one trainer
 CHUNK_STEPS = 16  # training steps a message
 _REFERENCE_SALT = 0x5EED
-
-
-@dataclass
-class Crew:
-    """The actors and who owns what."""
-
-    pools: list[Any]
-    owner: list[Any]  # shard -> pool actor
-    trainers: list[Any]
-
-    def each(self, method: str, *args: Any, per_shard: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
-        """``method(shard, *per_shard[shard], *args)`` for every shard, one message an actor; in shard order."""
-        extra = per_shard or [()] * len(self.owner)
-        mine = [[s for s, owner in enumerate(self.owner) if owner is actor] for actor in self.pools]
-        calls = [
-            actor.each.remote(method, shards, [extra[s] for s in shards], args)
-            for actor, shards in zip(self.pools, mine, strict=True)
-        ]
-        found = {
-            s: r for shards, results in zip(mine, get(calls), strict=True) for s, r in zip(shards, results, strict=True)
-        }
-        return [found[shard] for shard in range(len(self.owner))]
 
 
 @dataclass

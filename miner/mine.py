@@ -4,7 +4,6 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ import pyarrow.compute as pc
 import ray
 from torch.utils.tensorboard import SummaryWriter
 
-from miner import cluster, ranking, rules
-from miner.build import write_arrays_pool
+from miner import cluster, ranking
 from miner.config import Config
-from miner.errors import UsageError
+from miner.inputs import check, duplicates, eligible, open_pool
 from miner.loop import Game
 from miner.neighbors import POINTS_PER_STRATUM
-from miner.pool import Pool, resolve
 from miner.progress import Display
 from miner.rays import connect, get
 from miner.run_dir import RunDir, write_json
@@ -43,55 +40,6 @@ class Mined:
     subsets: list[Path]
 
 
-def check(config: Config) -> None:
-    """Raise UsageError for values that make no sense, before anything is read or computed."""
-    for gamma in config.selection.gamma:
-        ranking.check_gamma(gamma)
-    guard = config.selection.exclude_near_id
-    if not 0.0 <= guard < 1.0:
-        raise UsageError(f"--exclude-near-id {guard:g}: the share of the pool to leave out must lie in [0, 1)")
-    if max(config.selection.gamma) > 1.0 - guard:
-        raise UsageError(
-            f"--gamma {max(config.selection.gamma):g} cannot be had when --exclude-near-id {guard:g} leaves "
-            f"{1 - guard:.0%} of the pool; lower one of them"
-        )
-    for flag, value, least in (
-        ("--rounds", config.game.rounds, 1),
-        ("--steps", config.game.steps, 1),
-        ("--batch", config.game.batch, 1),
-        ("--trainers", config.machines.trainers, 1),
-        ("--pool-actors", config.machines.pool_actors or 1, 1),
-        ("--strata", config.selection.strata or 0, 0),
-        ("--cap", config.game.cap, 1),
-    ):
-        if value < least:
-            raise UsageError(f"{flag} {value}: must be at least {least}")
-
-
-def open_pool(config: Config, run: Path) -> Pool:
-    """The pool of ``--pool``; the demo's is drawn into the run directory the first time."""
-    if config.data.pool != "demo":
-        return Pool.open(resolve(config.data.pool))
-    folder = run / "demo-pool"
-    if not (folder / "pool.json").exists():
-        from miner import demo
-
-        images, labels = demo.pool_arrays()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_arrays_pool(str(folder), "demo", images, labels, demo.FAMILIES)
-    return Pool.open(str(folder))
-
-
-def duplicates(pool: Pool) -> tuple[np.ndarray, list[np.ndarray]]:
-    """uids as uint64 ``[N, 2]`` and, per shard, the rows whose bytes an earlier (shard, row) already has."""
-    uid_N2 = ranking.uid_words(pool.index(["uid"])["uid"].to_pylist())
-    order = np.lexsort((uid_N2[:, 1], uid_N2[:, 0]))  # stable: equal uids stay in (shard, row) order
-    again = np.zeros(len(uid_N2), bool)
-    again[order[1:]] = (uid_N2[order[1:]] == uid_N2[order[:-1]]).all(axis=1)
-    edges = np.cumsum([0] + [shard.count for shard in pool.shards])
-    return uid_N2, [np.flatnonzero(again[a:b]) for a, b in pairwise(edges)]
-
-
 class Mining:
     """One run, step by step; ``run_all`` is the order of the steps."""
 
@@ -99,12 +47,9 @@ class Mining:
         check(config)
         self.config, self.display = config, display
         self.dir = RunDir(config.run_dir)
-        self.pool = open_pool(config, self.dir.path)
+        self.pool = open_pool(config)
         self.times: dict[str, float] = {}
-        self.listed = 0
-        if self.pool.count:
-            self.listed = self.pool.index(["excluded_by"])["excluded_by"].drop_null().length()
-        self.n = self.pool.count - self.listed  # the N of gamma N: rows on an exclusion list were never in the pool
+        self.n = eligible(self.pool)
 
     def run_all(self) -> Mined:
         """Everything, from the committed state of the run directory to subsets."""
@@ -127,28 +72,6 @@ class Mining:
         for actor in self.crew.pools + self.crew.trainers:
             ray.kill(actor)
         return Mined(self.dir.path, summary, [self.dir.path / name for name in subsets])
-
-    def plan(self) -> str:
-        """What a run would do and cost, in words; nothing is computed or written."""
-        config, game = self.config, self.config.game
-        sweeps = (0 if game.rule in rules.STEPWISE else game.rounds) or int(config.guarded)
-        steps = game.steps * (game.rounds if game.rule in rules.STEPWISE else game.rounds - 1)
-        forwards = sweeps * self.n + 6 * game.batch * steps  # a step: forward and backward (2 forwards) on 2 x batch
-        cache = self.pool.count * config.data.size**2 * 3
-        source = f"checkpoint {config.data.checkpoint}" if config.data.checkpoint else "pre-trained on the ID set first"
-        guard = config.selection.exclude_near_id
-        lines = [
-            f"pool        {self.pool.name}: {self.n:,} images in {len(self.pool.shards):,} shards ({self.pool.path})",
-            f"ID          {config.data.id}; classifier {config.data.model}, {source}",
-            f"game        {game.rule}: {sweeps} sweeps, {steps:,} training steps",
-            f"cost        {forwards:,} forward-equivalents + pre-training; the released recipe: {10 * 50 * 49_920:,}",
-            f"cache       {cache:,} bytes of decoded pixels, unless they are there already",
-            f"leak guard  leaves out {guard:.0%}; strata {config.strata_for(self.pool.count):,}",
-        ]
-        for gamma in config.selection.gamma:
-            size = int(Fraction(repr(gamma)) * self.n)
-            lines.append(f"subset      gamma {gamma:g}: {size:,} images -> {self.dir.path / f'subset-{gamma:g}'}")
-        return "\n".join(lines)
 
     def timed(self, name: str, step: Any, *args: Any) -> Any:
         """Run one step and keep its seconds."""
@@ -229,9 +152,10 @@ class Mining:
         writer = SummaryWriter(str(self.dir.path / "tensorboard"), purge_step=first)
 
         def on_round(record: dict[str, Any]) -> None:
+            self.display.figures = f"L_out {record['l_out']:.4f}, ESS {record['effective_sample_size']:,.0f}"
             self.display.say(
-                f"round {record['round'] + 1}/{self.config.game.rounds}: L_out {record['l_out']:.4f}, "
-                f"effective sample size {record['effective_sample_size']:,.0f}, {record['seconds']:.1f} s"
+                f"round {record['round'] + 1}/{self.config.game.rounds}: {self.display.figures} (effective size), "
+                f"{record['seconds']:.1f} s"
             )
             for name, value in record.items():
                 if name != "round" and isinstance(value, (int, float)):

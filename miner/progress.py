@@ -29,6 +29,7 @@ class Display:
         )
         self.bar: TaskID | None = None
         self.name, self.total, self.done = "", 0, 0
+        self.figures = ""  # the last round's L_out and effective sample size, shown all along
         self.started = self.spoke = time.monotonic()
 
     def __enter__(self) -> "Display":
@@ -51,7 +52,7 @@ class Display:
         self.done += units
         seconds = time.monotonic() - self.started
         rate = self.done / max(seconds, 1e-9)
-        text = f"{rate:,.0f} {unit}/s {note}".rstrip()
+        text = "  ".join(part for part in (f"{rate:,.0f} {unit}/s", note, self.figures) if part)
         if self.bar is not None:
             self.bars.update(self.bar, completed=self.done, note=text)
         if not self.live and time.monotonic() - self.spoke > PLAIN_SECONDS:

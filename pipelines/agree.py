@@ -75,9 +75,8 @@ def main() -> None:
             raise UsageError(f"{one} and {other}: mined from different pools, their weights cannot be compared")
         rho, iou = agreement(tables[one]["weight"].to_numpy(), tables[other]["weight"].to_numpy(), config.top)
         chance = config.top / (2 - config.top)
-        print(
-            f"{one} and {other}: Spearman {rho:.3f}, IoU of the heaviest {config.top:.0%} {iou:.3f} (chance {chance:.3f})"
-        )
+        text = f"Spearman {rho:.3f}, IoU of the heaviest {config.top:.0%} {iou:.3f} (chance {chance:.3f})"
+        print(f"{one} and {other}: {text}")
 
 
 if __name__ == "__main__":

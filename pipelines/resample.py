@@ -20,12 +20,14 @@ def main() -> None:
     from miner.config import Config
 
     config = tyro.cli(Config, prog="python -m pipelines.resample", description=__doc__)
-    from miner.mine import Mining, mine
-    from miner.progress import Display
+    from miner.inputs import check, open_pool, plan
 
+    check(config)
     if config.output.dry_run:
-        print(Mining(config, Display()).plan())
+        print(plan(config, open_pool(config)))
         return
+    from miner.mine import mine
+
     mined = mine(config)
     from pipelines.report import write_report
 

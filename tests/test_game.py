@@ -261,16 +261,14 @@ def test_a_subset_that_was_cut_off_is_refused(plain: Mined, tmp_path: Path) -> N
 # --- the same bytes, however it is run ---
 
 
-@pytest.mark.parametrize(("actors", "trainers"), [(2, 1), (3, 2)])
-def test_the_number_of_actors_changes_no_byte(
-    plain: Mined, base: Config, tmp_path: Path, actors: int, trainers: int
-) -> None:
+def test_the_number_of_actors_changes_no_byte(plain: Mined, base: Config, tmp_path: Path) -> None:
+    """One pool actor and one trainer, or three and two; the killed run below has two and one."""
     slots = ray.cluster_resources()
-    if trainers > slots.get("GPU", slots["CPU"]):
+    if slots.get("GPU", slots["CPU"]) < 2:
         pytest.skip("not enough GPUs or CPUs for two trainers")
-    other = mine(change(base, tmp_path / "run", pool_actors=actors, trainers=trainers))
-    assert other.summary["pool_actors"] == actors
-    assert len(other.summary["trainers"]) == trainers
+    other = mine(change(base, tmp_path / "run", pool_actors=3, trainers=2))
+    assert other.summary["pool_actors"] == 3
+    assert len(other.summary["trainers"]) == 2
     assert contents(other.run) == contents(plain.run)
 
 
@@ -339,7 +337,7 @@ def test_a_finished_run_gives_another_draw_without_playing(plain: Mined, base: C
 # --- every rule ---
 
 
-@pytest.mark.parametrize("rule", ["paper", "equilibrium", "uniform", "toploss"])
+@pytest.mark.parametrize("rule", ["paper", "equilibrium", "toploss"])
 def test_every_rule_runs_end_to_end(base: Config, tmp_path: Path, rule: str) -> None:
     eta = 0.5 if rule == "paper" else 1.0
     mined = mine(change(base, tmp_path / "run", rule=rule, rounds=2, steps=3, pool_actors=3, eta=eta))
@@ -350,10 +348,7 @@ def test_every_rule_runs_end_to_end(base: Config, tmp_path: Path, rule: str) -> 
     kept = table.filter(table["excluded_by"].is_null())
     weight, loss = kept["weight"].to_numpy(), kept["loss_mean"].to_numpy()
     assert weight.mean() == pytest.approx(1.0, rel=1e-5)
-    if rule == "uniform":
-        assert np.ptp(weight) == 0
-    else:
-        assert spearmanr(weight, loss).statistic > (0.5 if rule == "paper" else 0.9999)
+    assert spearmanr(weight, loss).statistic > (0.5 if rule == "paper" else 0.9999)
     if rule == "toploss":
         assert mined.summary["subsets"]["subset-0.1"]["count"] == 150
         assert load_subset(mined.subsets[0]).recipe["draw"] == "topk"
@@ -376,12 +371,15 @@ def test_reference_goes_on_after_a_stop_with_the_same_bytes(base: Config, tmp_pa
     assert table["visits"].to_numpy().sum() == 3 * 3 * 32
 
 
-def test_random_draw_on_a_pool_without_labels(base: Config, tmp_path: Path) -> None:
+def test_uniform_weights_and_a_random_draw_on_a_pool_without_labels(base: Config, tmp_path: Path) -> None:
     bare = build_pool(tmp_path / "bare", labelled=False)
-    mined = mine(change(base, tmp_path / "run", pool=bare.path, draw="random", rounds=1, gamma=(0.1,)))
+    mined = mine(
+        change(base, tmp_path / "run", pool=bare.path, rule="uniform", draw="random", rounds=2, steps=3, gamma=(0.1,))
+    )
     subset = load_subset(mined.subsets[0])
     assert len(subset) == 150
     assert subset.manifest["label"].null_count == 150
+    assert set(load_weights(mined.run)["weight"].to_pylist()) == {0.0, 1.0}
     assert subset.recipe["classes"] == {}
     with tarfile.open(subset.path / "outliers-000000.tar") as tar:
         assert {name.partition(".")[2] for name in tar.getnames()} == {"png", "json"}

@@ -1,0 +1,89 @@
+"""What a run starts from: settings that make sense, the pool, its duplicates, and the plan in words."""
+
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+
+from miner import ranking, rules
+from miner.build import write_arrays_pool
+from miner.config import Config
+from miner.errors import UsageError
+from miner.pool import Pool, resolve
+
+
+def check(config: Config) -> None:
+    """Raise UsageError for values that make no sense, before anything is read or computed."""
+    for gamma in config.selection.gamma:
+        ranking.check_gamma(gamma)
+    guard = config.selection.exclude_near_id
+    if not 0.0 <= guard < 1.0:
+        raise UsageError(f"--exclude-near-id {guard:g}: the share of the pool to leave out must lie in [0, 1)")
+    if max(config.selection.gamma) > 1.0 - guard:
+        raise UsageError(
+            f"--gamma {max(config.selection.gamma):g} cannot be had when --exclude-near-id {guard:g} leaves "
+            f"{1 - guard:.0%} of the pool; lower one of them"
+        )
+    for flag, value, least in (
+        ("--rounds", config.game.rounds, 1),
+        ("--steps", config.game.steps, 1),
+        ("--batch", config.game.batch, 1),
+        ("--trainers", config.machines.trainers, 1),
+        ("--pool-actors", config.machines.pool_actors or 1, 1),
+        ("--strata", config.selection.strata or 0, 0),
+        ("--cap", config.game.cap, 1),
+    ):
+        if value < least:
+            raise UsageError(f"{flag} {value}: must be at least {least}")
+
+
+def open_pool(config: Config) -> Pool:
+    """The pool of ``--pool``; the demo's is drawn into the run directory the first time."""
+    if config.data.pool != "demo":
+        return Pool.open(resolve(config.data.pool))
+    folder = config.run_dir / "demo-pool"
+    if not (folder / "pool.json").exists():
+        from miner import demo
+
+        images, labels = demo.pool_arrays()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_arrays_pool(str(folder), "demo", images, labels, demo.FAMILIES)
+    return Pool.open(str(folder))
+
+
+def duplicates(pool: Pool) -> tuple[np.ndarray, list[np.ndarray]]:
+    """uids as uint64 ``[N, 2]`` and, per shard, the rows whose bytes an earlier (shard, row) already has."""
+    uid_N2 = ranking.uid_words(pool.index(["uid"])["uid"].to_pylist())
+    order = np.lexsort((uid_N2[:, 1], uid_N2[:, 0]))  # stable: equal uids stay in (shard, row) order
+    again = np.zeros(len(uid_N2), bool)
+    again[order[1:]] = (uid_N2[order[1:]] == uid_N2[order[:-1]]).all(axis=1)
+    edges = np.cumsum([0] + [shard.count for shard in pool.shards])
+    return uid_N2, [np.flatnonzero(again[a:b]) for a, b in pairwise(edges)]
+
+
+def eligible(pool: Pool) -> int:
+    """N of gamma N: all rows but those on an exclusion list, which were never meant to be in the pool."""
+    return int(pool.index(["excluded_by"])["excluded_by"].null_count)
+
+
+def plan(config: Config, pool: Pool) -> str:
+    """What a run would do and cost, in words; nothing is computed or written."""
+    game, n = config.game, eligible(pool)
+    sweeps = (0 if game.rule in rules.STEPWISE else game.rounds) or int(config.guarded)
+    steps = game.steps * (game.rounds if game.rule in rules.STEPWISE else game.rounds - 1)
+    forwards = sweeps * n + 6 * game.batch * steps  # a step: forward and backward (2 forwards) on 2 x batch
+    cache = pool.count * config.data.size**2 * 3
+    source = f"checkpoint {config.data.checkpoint}" if config.data.checkpoint else "pre-trained on the ID set first"
+    guard = config.selection.exclude_near_id
+    lines = [
+        f"pool        {pool.name}: {n:,} images in {len(pool.shards):,} shards ({pool.path})",
+        f"ID          {config.data.id}; classifier {config.data.model}, {source}",
+        f"game        {game.rule}: {sweeps} sweeps, {steps:,} training steps",
+        f"cost        {forwards:,} forward-equivalents + pre-training; the released recipe: {10 * 50 * 49_920:,}",
+        f"cache       {cache:,} bytes of decoded pixels, unless they are there already",
+        f"leak guard  leaves out {guard:.0%}; strata {config.strata_for(pool.count):,}",
+    ]
+    for gamma in config.selection.gamma:
+        size = int(Fraction(repr(gamma)) * n)
+        lines.append(f"subset      gamma {gamma:g}: {size:,} images -> {config.run_dir / f'subset-{gamma:g}'}")
+    return "\n".join(lines)

@@ -1,0 +1,148 @@
+"""The command as users run it: flags, errors, the README's promises, and real images end to end."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from miner import load_subset, load_weights
+from pipelines.agree import agreement, heaviest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = {
+    *("pool", "id", "model", "checkpoint", "size", "seed"),
+    *("rule", "rounds", "steps", "eta", "cap", "batch", "alpha", "lr"),
+    *("gamma", "draw", "strata", "exclude-near-id"),
+    *("pool-actors", "trainers", "threads", "address", "out", "resume", "dry-run"),
+    *(f"pretrain.{name}" for name in ("epochs", "batch", "lr", "warmup", "weight-decay", "label-smoothing")),
+}
+
+
+def command(module: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run one of the project's commands in a process of its own."""
+    words = [sys.executable, "-m", f"pipelines.{module}", *map(str, arguments)]
+    return subprocess.run(words, cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def help_text() -> dict[str, str]:
+    return {name: command(name, "--help").stdout for name in ("resample", "shard", "report", "agree", "demo")}
+
+
+def test_flags_are_frozen(help_text: dict[str, str]) -> None:
+    found = set(re.findall(r"^[│ ]*--([a-z][a-z.-]*)", help_text["resample"], re.M))
+    assert found == FLAGS
+    for group in ("data", "game", "selection", "machines", "output", "pretrain"):
+        assert f"{group} options" in help_text["resample"]
+
+
+def test_readme_commands_have_the_flags_they_show(help_text: dict[str, str]) -> None:
+    readme = (ROOT / "README.md").read_text()
+    shown = re.findall(r"python -m pipelines\.(\w+)([^`\n&|]*)", readme)
+    assert {name for name, _ in shown} >= {"resample", "shard", "report"}
+    for name, rest in shown:
+        for flag in re.findall(r"--([a-z][a-z.-]*)", rest):
+            assert f"--{flag}" in help_text[name], (name, flag)
+
+
+def test_ci_runs_the_readme_test_command() -> None:
+    block = re.search(r"<!-- test command -->\n```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), re.S)
+    assert block is not None
+    assert block[1] == "python3 -m pipelines.setup && .venv/bin/python -m pytest"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--gamma", "0"), "must lie in (0, 1]"),
+        (("--gamma", "1.5"), "must lie in (0, 1]"),
+        (("--gamma", "0.9"), "cannot be had"),
+        (("--exclude-near-id", "1"), "[0, 1)"),
+        (("--rounds", "0"), "--rounds 0"),
+        (("--pool", "imagenet"), "python -m pipelines.shard --source folder"),
+        (("--pool", "tiny-images"), "withdrew"),
+        (("--pool", "pipe:cat x"), "refused"),
+    ],
+)
+def test_usage_errors_are_one_line(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    done = command("resample", *arguments, "--dry-run", "--out", tmp_path, env={"OUTLIER_POOLS": str(tmp_path)})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+def test_resume_of_nothing_is_an_error(tmp_path: Path) -> None:
+    done = command("resample", "--resume", "--out", tmp_path / "none")
+    assert done.returncode == 1
+    assert "no run to resume" in done.stderr
+
+
+def test_agreement_of_known_weights() -> None:
+    weight = np.arange(100, dtype=float)
+    assert agreement(weight, weight, 0.1) == (pytest.approx(1.0), 1.0)
+    rho, iou = agreement(weight, -weight, 0.1)
+    assert rho == pytest.approx(-1.0)
+    assert iou == 0.0
+    assert np.flatnonzero(heaviest(weight, 0.05)).tolist() == [95, 96, 97, 98, 99]
+
+
+@pytest.fixture(scope="module")
+def mined(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5,000 Tiny ImageNet images mined for CIFAR-10 without a guard, by the commands."""
+    if "OUTLIER_DATA" not in os.environ:
+        pytest.skip("set OUTLIER_DATA to a folder of the real image sets to run this")
+    data = Path(os.environ["OUTLIER_DATA"])
+    assert (data / "tinyimagenet" / "train-000000.tar").exists(), f"OUTLIER_DATA={data} has no tinyimagenet"
+    home = tmp_path_factory.mktemp("real")
+    source = ("--source", "tars", "--input", data / "tinyimagenet", "--glob", "train-000000*")
+    made = command("shard", *source, "--out", home / "pool", "--workers", 1)
+    assert made.returncode == 0, made.stderr
+    run = home / "run"
+    flags = ("--exclude-near-id", 0, "--strata", 0, "--rounds", 2, "--steps", 20, "--pretrain.epochs", 2)
+    where = ("--pool", home / "pool", "--id", data / "cifar10", "--out", run, "--gamma", 0.1, 0.01, "--threads", 1)
+    done = command("resample", *where, *flags)
+    assert done.returncode == 0, done.stderr
+    assert str(run / "report.html") in done.stdout
+    return run
+
+
+def test_hard_images_show_id_classes(mined: Path) -> None:
+    """The paper's Figure 5: without a guard the adversary finds the ID classes in the pool."""
+    done = command("agree", mined, "--flag", "cifar10_strict")
+    share = re.search(r"([\d.]+)% of the pool, ([\d.]+)% of the heaviest", done.stdout)
+    assert share is not None, done.stderr
+    assert float(share[1]) == pytest.approx(18.3, abs=0.2)
+    assert float(share[2]) > 1.5 * float(share[1])
+
+
+def test_subset_holds_the_pool_s_own_bytes(mined: Path) -> None:
+    large, small = load_subset(mined / "subset-0.1"), load_subset(mined / "subset-0.01")
+    assert (len(large), len(small)) == (500, 50)
+    assert set(small.uids) < set(large.uids)
+    large.verify()
+    pool = Path(json.loads((mined / "summary.json").read_text())["pool_path"])
+    shard = json.loads((pool / "pool.json").read_text())["shards"][0]["path"]
+    with tarfile.open(shard) as original, tarfile.open(mined / "subset-0.01" / "outliers-000000.tar") as copy:
+        names = [name for name in copy.getnames() if name.endswith(".jpg")]
+        assert len(names) == 50
+        for name in names:
+            ours, theirs = copy.extractfile(name), original.extractfile(name)
+            assert ours is not None
+            assert theirs is not None
+            assert ours.read() == theirs.read()
+
+
+def test_neighbours_and_losses_are_in_the_table(mined: Path) -> None:
+    table = load_weights(mined)
+    assert table["visits"].to_pylist() == [2] * len(table)
+    assert table["nn_id_row"].null_count == 0
+    cosine = table["nn_id_cosine"].to_numpy()
+    assert (table["nn50_id_cosine"].to_numpy() <= cosine).all()
+    assert (cosine <= 1.0 + 1e-6).all()
