@@ -47,7 +47,8 @@ def crew(config: Config, pool: str, shards: int, id_set: IdSet) -> Crew:
     if machines.trainers > (gpus or cpus):
         raise UsageError(f"--trainers {machines.trainers}: the cluster has {gpus} GPUs and {cpus} CPUs")
     # One core is left to pool actors and driver: OpenMP threads that share a core wait for each other at every layer.
-    threads = machines.threads or max((os.cpu_count() or 2) - 1, 1)
+    scoring = max(((os.cpu_count() or 2) - 1) // machines.trainers, 1)
+    threads = (game.threads, scoring)
     shared = ray.put(id_set)
     trainer = TrainerActor.options(**kind)
     trainers = [

@@ -51,6 +51,9 @@ class Game:
     """Weight of the background loss beside cross-entropy (paper: 0.5)."""
     lr: float = 0.001
     """Learning rate of the classifier in the game (paper: 0.001). BatchNorm stays frozen."""
+    threads: int = 1
+    """CPU threads that train. Part of the result: gradients are summed in as many parts. Scoring, which does not
+    depend on it, uses all cores but one anyway."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,6 @@ class Machines:
     """Processes that own pool shards and weights. Default: one a core, at most one a shard and 16."""
     trainers: int = 1
     """Processes that score, one GPU each where there are GPUs. The first one also trains."""
-    threads: int | None = None
-    """CPU threads of a trainer. Default: all cores but one."""
     address: str | None = None
     """Ray cluster to join (`auto` or host:port). Default: a private Ray on this machine."""
 

@@ -82,7 +82,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One short training of the classifier for all runs."""
     before = torch.get_num_threads()
     id_set = load_id("demo")
-    trainer = Trainer("small", id_set, seed=0, threads=1, alpha=0.5, lr=0.001, batch=32)
+    trainer = Trainer("small", id_set, seed=0, threads=(1, 1), alpha=0.5, lr=0.001, batch=32)
     report = trainer.pretrain(PretrainConfig(epochs=3, batch=64, lr=0.1))
     torch.set_num_threads(before)
     path = tmp_path_factory.mktemp("net") / "small.safetensors"
@@ -105,7 +105,7 @@ def base(_ray: None, pool: Pool, checkpoint: Path) -> Config:
         data=Data(pool=pool.path, checkpoint=checkpoint, seed=3),
         game=Game(rounds=3, steps=4, batch=32),
         selection=Selection(gamma=GAMMAS),
-        machines=Machines(pool_actors=1, trainers=1, threads=1),
+        machines=Machines(pool_actors=1, trainers=1),
     )
 
 
@@ -283,7 +283,7 @@ def command(config: Config) -> list[str]:
         "steps": game.steps,
         "batch": game.batch,
         "pool-actors": machines.pool_actors,
-        "threads": machines.threads,
+        "threads": game.threads,
         "out": config.output.out,
     }
     gammas = ["--gamma", *map(str, config.selection.gamma)]

@@ -19,9 +19,11 @@ _FORWARD = 256  # images a forward pass on a CPU (fits its caches); who scores a
 class Trainer:
     """One classifier and the ID set, as a plain class: tests use it without Ray."""
 
-    def __init__(self, model: str, id_set: IdSet, seed: int, threads: int, alpha: float, lr: float, batch: int) -> None:
-        torch.set_num_threads(threads)
-        self.threads, self.seed, self.alpha, self.batch = threads, seed, alpha, batch
+    def __init__(
+        self, model: str, id_set: IdSet, seed: int, threads: tuple[int, int], alpha: float, lr: float, batch: int
+    ) -> None:
+        self.training_threads, self.scoring_threads = threads
+        self.seed, self.alpha, self.batch = seed, alpha, batch
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.id_set = id_set
         self.net = models.create(model, len(id_set.classes), seed)
@@ -33,11 +35,16 @@ class Trainer:
 
     def where(self) -> dict[str, Any]:
         """Device and process, for the log."""
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {self.threads} threads"
+        name = (
+            torch.cuda.get_device_name()
+            if self.device.type == "cuda"
+            else f"CPU, {self.scoring_threads} threads (training: {self.training_threads})"
+        )
         return {"device": name, "pid": os.getpid()}
 
     def pretrain(self, config: PretrainConfig) -> dict[str, Any]:
         """Train on the ID set from scratch; returns what ``trainers.train.pretrain`` reports."""
+        torch.set_num_threads(self.training_threads)
         report = pretrain(self.net, self.id_set, config, self.seed, self.device, self.told.update)
         self.net.eval()
         return report
@@ -72,6 +79,7 @@ class Trainer:
     @torch.inference_mode()
     def _forward(self, images_BHWC: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Float32 features and logits. The head runs in float32: bfloat16 logits would tie a third of the losses."""
+        torch.set_num_threads(self.scoring_threads)
         features, logits = [], []
         size = _FORWARD if self.device.type == "cpu" else len(images_BHWC)
         for start in range(0, len(images_BHWC), size):
@@ -88,11 +96,11 @@ class Trainer:
 
     def look_up_id(self) -> None:
         """Index the ID training set under the classifier as it is now."""
-        self.nearest = NearestID(self.features(self.id_set.train_images), self.threads)
+        self.nearest = NearestID(self.features(self.id_set.train_images), self.scoring_threads)
 
     def fit_strata(self, strata: int, *parts: np.ndarray) -> np.ndarray:
         """k-means centroids of the given images' features, float32 ``[strata, D]``."""
-        return fit_strata(self.features(np.concatenate(parts)), strata, self.seed, self.threads)
+        return fit_strata(self.features(np.concatenate(parts)), strata, self.seed, self.training_threads)
 
     def set_centroids(self, centroids: np.ndarray) -> None:
         """Strata that ``score`` assigns images to."""
@@ -122,6 +130,7 @@ class Trainer:
         (float64, in batch order) weight their losses. Returns cross-entropies a step and losses an image.
         Random views and ID draws depend on (seed, round, step) only.
         """
+        torch.set_num_threads(self.training_threads)
         images = np.concatenate(parts)[order]
         entropies, losses = [], []
         for step, start in enumerate(range(0, len(images), self.batch), first):
