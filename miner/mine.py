@@ -25,6 +25,7 @@ from miner.run_dir import RunDir, write_json
 from miner.subset import write_subset
 from miner.weights import FORMAT_VERSION, REASONS, load_weights
 from trainers import models
+from trainers.actor import pack, unpack
 from trainers.checkpoint import load_net, save_checkpoint
 from trainers.data import load_id
 
@@ -91,13 +92,11 @@ class Mining:
             report = self.pretrain()
             get([t.set_state.remote(trainers[0].state.remote()) for t in trainers[1:]])
             net = models.create(data.model, len(self.id_set.classes))
-            net.load_state_dict(_net_tensors(get(trainers[0].state.remote())))
+            net.load_state_dict(unpack(get(trainers[0].state.remote())))
             meta = {"accuracy": report["accuracy"], "seed": data.seed}
         else:
             net, meta = load_net(source, data.model, self.id_set.classes)
-            from safetensors.torch import save
-
-            blob = ray.put(save({f"net.{k}": v.contiguous() for k, v in net.state_dict().items()}))
+            blob = ray.put(pack(net))
             get([trainer.set_state.remote(blob) for trainer in trainers])
         if not path.exists():
             facts = {"id": self.id_set.name, "id_fingerprint": self.id_set.fingerprint}
@@ -120,9 +119,7 @@ class Mining:
                 continue
             if self.display.total == 1:
                 self.display.phase("pretrain", told["steps"])
-            note = (
-                f"epoch {told['epoch']}/{told['epochs']}, loss {told['loss']:.3f}, {told['images_per_s']:,.0f} images/s"
-            )
+            note = f"epoch {told['epoch']}/{told['epochs']}, loss {told['loss']:.3f}"
             self.display.advance(told["step"] - steps, "steps", note)
             steps = told["step"]
         return dict(get(done))
@@ -295,12 +292,6 @@ def _portable(settings: dict[str, Any]) -> dict[str, Any]:
     if data["checkpoint"]:
         data["checkpoint"] = Path(data["checkpoint"]).name
     return settings | {"data": data}
-
-
-def _net_tensors(blob: bytes) -> dict[str, Any]:
-    from safetensors.torch import load
-
-    return {name[4:]: value for name, value in load(blob).items() if name.startswith("net.")}
 
 
 def mine(config: Config) -> Mined:

@@ -226,7 +226,14 @@ def test_hedge_does_nothing_when_all_losses_are_equal() -> None:
     assert rules.hedge(log, loss, sums, rules.loss_std(sums), 1.0) == pytest.approx(log, abs=1e-6)
 
 
-def play_round(shards: PoolShards, round_: int, loss: list[np.ndarray], scale: float = 1.0, level: float = 0.0) -> Sums:
+def play_round(
+    shards: PoolShards,
+    round_: int,
+    loss: list[np.ndarray],
+    scale: float = 1.0,
+    level: float = 0.0,
+    cap: float = 1e9,
+) -> Sums:
     """What loop.Game.update does, without Ray."""
     for s in range(3):
         shards.open_sweep(s)
@@ -234,9 +241,50 @@ def play_round(shards: PoolShards, round_: int, loss: list[np.ndarray], scale: f
         shards.close_sweep(s, round_)
     before = rules.add_sums([shards.sums(s) for s in range(3)])
     total = sum(shards.update(s, round_, before, scale, level) for s in range(3))
+
+    def capped(factor: float) -> float:
+        return sum(shards.capped_sum(s, factor, cap) for s in range(3))
+
+    factor = rules.water_level(capped, before.rows, total, cap) if shards.rule == "hedge" else before.rows / total
     for s in range(3):
-        shards.normalise(s, round_, total / before.rows)
+        shards.normalise(s, round_, factor, cap)
     return rules.add_sums([shards.sums(s) for s in range(3)])
+
+
+@quick
+@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=60), st.floats(1.0, 30.0))
+def test_water_level_brings_the_mean_to_1_under_the_cap(weight: list[float], cap: float) -> None:
+    weight_N = np.array(weight)
+
+    def capped(factor: float) -> float:
+        return float(np.minimum(cap, factor * weight_N).sum())
+
+    factor = rules.water_level(capped, float(len(weight)), float(weight_N.sum()), cap)
+    found = np.minimum(cap, factor * weight_N)
+    assert found.mean() == pytest.approx(1.0, rel=1e-6)
+    if weight_N.max() / weight_N.mean() <= cap:
+        assert factor == pytest.approx(1 / weight_N.mean(), rel=1e-6)
+
+
+def test_golden_water_level() -> None:
+    """[10, 1, 1, 1, 1] at gamma = 0.4: chances [1, .25, .25, .25, .25], which are the capped weights times gamma."""
+    weight = np.array([10.0, 1, 1, 1, 1])
+    factor = rules.water_level(lambda c: float(np.minimum(2.5, c * weight).sum()), 5.0, 14.0, 2.5)
+    assert 0.4 * np.minimum(2.5, factor * weight) == pytest.approx([1, 0.25, 0.25, 0.25, 0.25], rel=1e-9)
+
+
+def test_hedge_caps_the_weights_it_plays_and_averages(pool: str) -> None:
+    shards = open_shards(pool, "hedge", eta=2.0)
+    rng = np.random.default_rng(7)
+    loss = [rng.exponential(1.0, n).astype(np.float32) for n in SIZES]
+    for round_ in range(3):
+        after = play_round(shards, round_, loss, scale=0.5, cap=5.0)
+        assert after.weight == pytest.approx(after.rows, rel=1e-6)
+    live = np.concatenate([shards.state[s].weight() for s in range(3)])
+    outcome = np.concatenate([shards.state[s].outcome() for s in range(3)])
+    assert live.max() == pytest.approx(5.0)
+    assert (live > 4.999).sum() > 3
+    assert outcome.max() <= 15.0 * (1 + 1e-9)
 
 
 def test_hedge_selects_by_the_average_of_the_normalised_rounds(pool: str) -> None:

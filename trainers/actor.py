@@ -16,6 +16,17 @@ from trainers.train import PretrainConfig, autocast, joint_step, place, pretrain
 _FORWARD = 256  # images a forward pass on a CPU (fits its caches); who scores a block must not change the arithmetic
 
 
+def pack(net: torch.nn.Module, more: dict[str, torch.Tensor] | None = None) -> bytes:
+    """Parameters and buffers of ``net`` as safetensors bytes under ``net.*``, other tensors beside them."""
+    tensors = {f"net.{name}": value for name, value in net.state_dict().items()} | (more or {})
+    return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+
+
+def unpack(blob: bytes) -> dict[str, torch.Tensor]:
+    """The state dict of the net in what ``pack`` gave."""
+    return {name[4:]: value for name, value in load(blob).items() if name.startswith("net.")}
+
+
 class Trainer:
     """One classifier and the ID set, as a plain class: tests use it without Ray."""
 
@@ -56,17 +67,17 @@ class Trainer:
 
     def state(self) -> bytes:
         """Classifier and optimiser state as safetensors bytes (names ``net.*`` and ``momentum.*``)."""
-        tensors = {f"net.{name}": value for name, value in self.net.state_dict().items()}
+        tensors = {}
         for i, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
             buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if buffer is not None:
                 tensors[f"momentum.{i}"] = buffer
-        return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+        return pack(self.net, tensors)
 
     def set_state(self, blob: bytes) -> None:
         """Take over what ``state`` gave; a state without momentum resets the optimiser."""
         tensors = load(blob)
-        self.net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
+        self.net.load_state_dict(unpack(blob))
         self.optimizer.state.clear()
         for i, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
             if f"momentum.{i}" in tensors:
