@@ -1,8 +1,8 @@
 """PoolActor: owns shards of the pool; serves blocks of images, keeps weights, applies rules, snapshots.
 
 Everything global (sums, thresholds, orders) comes from the driver, which adds up per-shard parts in shard
-order. So the result does not depend on which actor owns which shard. Every method that changes state names
-the round or step it belongs to and is a no-op when that was already applied.
+order. So the result does not depend on which actor owns which shard. Methods that apply a round name it, and are
+no-ops when it was already applied; a step of the released update is sent once and never repeated.
 """
 
 from pathlib import Path
@@ -78,7 +78,7 @@ class PoolShards:
             raise MinerError(
                 f"{self.pool.shards[shard].name}: {len(broken)} of {len(rows)} losses are not finite in the block of "
                 f"rows {rows[0]}-{rows[-1]} (keys {some}{', ...' if len(broken) > 5 else ''}); the classifier has "
-                "diverged: lower --lr, or go on with another --checkpoint"
+                "diverged: lower --lr, or start anew from another --checkpoint in another --out"
             )
         self.losses[shard][rows] = scores["loss"]
         for name in scores.keys() - {"loss"}:
@@ -122,7 +122,7 @@ class PoolShards:
     def update(self, shard: int, round_: int, total: Sums, scale: float, level: float) -> float:
         """Apply the rule to every row of a shard, once a round; returns the new sum of weights."""
         state = self.state[shard]
-        if state.averaged < round_:
+        if state.updated < round_:
             loss = np.where(state.eligible, state["loss"], 0.0).astype(np.float64)
             if self.rule == "hedge":
                 state["state"][:] = rules.hedge(state["state"], loss, total, scale, self.eta)
@@ -132,6 +132,7 @@ class PoolShards:
                 state["state"][:] = rules.equilibrium(np.nan_to_num(state.loss_mean()), level)
             elif self.rule == "toploss":
                 state["state"][:] = np.nan_to_num(state.loss_mean())
+            state.updated = round_
         return float(state.weight().sum())
 
     def capped_sum(self, shard: int, factor: float, cap: float) -> float:

@@ -34,6 +34,11 @@ class Crew:
         }
         return [found[shard] for shard in range(len(self.owner))]
 
+    def dismiss(self) -> None:
+        """End all actors, so that their CPUs and GPUs are free for whatever comes next."""
+        for actor in self.pools + self.trainers:
+            ray.kill(actor)
+
 
 def crew(config: Config, pool: str, shards: int, id_set: IdSet) -> Crew:
     """Start the actors. Trainers take a GPU each where the cluster has any, else one CPU's slot."""

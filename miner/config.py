@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
-from trainers.train import PretrainConfig
+from trainers.config import PretrainConfig
 
 Rule = Literal["hedge", "paper", "reference", "equilibrium", "uniform", "toploss"]
 Draw = Literal["rank", "eq20", "topk", "random"]

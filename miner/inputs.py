@@ -14,14 +14,17 @@ from miner.pool import Pool, resolve
 
 def check(config: Config) -> None:
     """Raise UsageError for values that make no sense, before anything is read or computed."""
-    for gamma in config.selection.gamma:
+    gammas = config.selection.gamma
+    if not gammas or len({f"{gamma:g}" for gamma in gammas}) < len(gammas):
+        raise UsageError(f"--gamma {' '.join(map(str, gammas))}: give one or more different values")
+    for gamma in gammas:
         ranking.check_gamma(gamma)
     guard = config.selection.exclude_near_id
     if not 0.0 <= guard < 1.0:
         raise UsageError(f"--exclude-near-id {guard:g}: the share of the pool to leave out must lie in [0, 1)")
-    if max(config.selection.gamma) > 1.0 - guard:
+    if max(gammas) > 1.0 - guard:
         raise UsageError(
-            f"--gamma {max(config.selection.gamma):g} cannot be had when --exclude-near-id {guard:g} leaves "
+            f"--gamma {max(gammas):g} cannot be had when --exclude-near-id {guard:g} leaves "
             f"{1 - guard:.0%} of the pool; lower one of them"
         )
     for flag, value, least in (
@@ -32,9 +35,15 @@ def check(config: Config) -> None:
         ("--pool-actors", config.machines.pool_actors or 1, 1),
         ("--strata", config.selection.strata or 0, 0),
         ("--cap", config.game.cap, 1),
+        ("--seed", config.data.seed, 0),
+        ("--size", config.data.size, 8),
+        ("--threads", config.game.threads, 1),
     ):
-        if value < least:
+        if not value >= least:
             raise UsageError(f"{flag} {value}: must be at least {least}")
+    for flag, number in (("--eta", config.game.eta), ("--lr", config.game.lr), ("--alpha", config.game.alpha)):
+        if not 0 < number < float("inf"):
+            raise UsageError(f"{flag} {number}: must be a positive number")
 
 
 def open_pool(config: Config) -> Pool:

@@ -266,7 +266,7 @@ class Game:
 
     def restore(self, round_: int) -> None:
         """Bring all actors to the state of a committed round."""
-        folder = self.run.round(round_).resolve()
+        folder = self.run.verified(round_).resolve()
         paths = [(str(folder / f"shard-{shard:06d}.arrow"),) for shard in range(len(self.crew.owner))]
         self.crew.each("restore", per_shard=paths)
         self.scale = json.loads((folder / "round.json").read_text())["loss_scale"]

@@ -58,20 +58,23 @@ class Mining:
         self.id_set = load_id(self.config.data.id, self.config.data.size)
         settings = self.config.mining() | {"pool": self.pool.fingerprint, "id": self.id_set.fingerprint}
         first = self.dir.begin(settings, self.config.output.resume)
-        self.run_id = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+        self.run_id = hashlib.blake2b(
+            json.dumps(_portable(settings), sort_keys=True).encode(), digest_size=8
+        ).hexdigest()
         connect(self.config.machines.address)
         self.crew = cluster.crew(self.config, self.pool.path, len(self.pool.shards), self.id_set)
-        self.times["start"] = time.monotonic() - started
-        accuracy = self.timed("classifier", self.classifier)
-        self.timed("decode", self.prepare)
-        self.timed("game", self.play, first)
-        table = self.timed("rank", self.finish)
-        subsets = self.timed("export", self.export, table)
-        self.times["total"] = time.monotonic() - started
-        summary = self.summary(table, subsets, accuracy)
+        try:
+            self.times["start"] = time.monotonic() - started
+            accuracy = self.timed("classifier", self.classifier)
+            self.timed("decode", self.prepare)
+            self.timed("game", self.play, first)
+            table = self.timed("rank", self.finish)
+            subsets = self.timed("export", self.export, table)
+            self.times["total"] = time.monotonic() - started
+            summary = self.summary(table, subsets, accuracy)
+        finally:
+            self.crew.dismiss()
         write_json(self.dir.path / "summary.json", summary)
-        for actor in self.crew.pools + self.crew.trainers:
-            ray.kill(actor)
         return Mined(self.dir.path, summary, [self.dir.path / name for name in subsets])
 
     def timed(self, name: str, step: Any, *args: Any) -> Any:
@@ -83,7 +86,7 @@ class Mining:
 
     # --- the frozen classifier -----------------------------------------------------------------------------------
 
-    def classifier(self) -> float:
+    def classifier(self) -> float | None:
         """theta_0 on every trainer: from RUN, from --checkpoint, or trained on the ID set now; its accuracy."""
         path = self.dir.path / "classifier.safetensors"
         trainers, data = self.crew.trainers, self.config.data
@@ -101,10 +104,9 @@ class Mining:
         if not path.exists():
             facts = {"id": self.id_set.name, "id_fingerprint": self.id_set.fingerprint}
             save_checkpoint(path, net, meta | facts | {"model": data.model, "classes": list(self.id_set.classes)})
-        accuracy = float(meta.get("accuracy", float("nan")))
-        self.display.say(
-            f"classifier: {data.model}, {accuracy:.1%} of the ID test images right ({source or 'trained'})"
-        )
+        accuracy = meta.get("accuracy")
+        known = "accuracy unknown" if accuracy is None else f"{accuracy:.1%} of the ID test images right"
+        self.display.say(f"classifier: {data.model}, {known} ({source or 'trained'})")
         return accuracy
 
     def pretrain(self) -> dict[str, Any]:
@@ -253,7 +255,7 @@ class Mining:
             "classes": class_histogram(chosen, self.pool.classes),
         }
 
-    def summary(self, table: pa.Table, subsets: dict[str, dict[str, Any]], accuracy: float) -> dict[str, Any]:
+    def summary(self, table: pa.Table, subsets: dict[str, dict[str, Any]], accuracy: float | None) -> dict[str, Any]:
         """What the run found, for people and scripts."""
         reasons = pc.value_counts(table["excluded_by"].cast(pa.string())).to_pylist()
         excluded = {r["values"]: r["counts"] for r in reasons if r["values"]}

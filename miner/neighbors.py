@@ -65,7 +65,9 @@ def fit_strata(features_SD: Features, strata: int, seed: int, threads: int) -> F
     faiss.omp_set_num_threads(threads)
     sample = unit(features_SD)
     if not np.isfinite(sample).all():
-        raise MinerError("the classifier's features are not finite: it has diverged; give another --checkpoint")
+        raise MinerError(
+            "the classifier's features are not finite: it has diverged; start anew from another --checkpoint in another --out"
+        )
     kmeans = faiss.Kmeans(
         sample.shape[1],
         strata,

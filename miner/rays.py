@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from typing import Any
 
 import ray
@@ -39,5 +40,6 @@ def get(refs: Any) -> Any:
             raise error.cause from None
         raise
     except ray.exceptions.RayActorError as error:
-        message = str(error).strip().splitlines()[0]
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+        message = lines[-1].strip() if "__init__" in lines[0] else lines[0]  # a constructor's own error comes last
         raise MinerError(f"a worker process died ({message}); run the same command again to go on") from None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from miner.errors import MinerError, disk_full
-from miner.files import atomic
+from miner.files import atomic, sha256
 
 KEPT_ROUNDS = 2
 
@@ -60,12 +60,22 @@ class RunDir:
         return sorted(int(path.parent.name) for path in self.path.glob("rounds/*/COMMITTED"))
 
     def commit(self, round_: int) -> None:
-        """Declare a round's files complete; what was there before may now be deleted."""
-        write_file(self.round(round_) / "COMMITTED", b"")
+        """Declare a round's files complete, with their SHA-256; what was there before may now be deleted."""
+        folder = self.round(round_)
+        files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        write_json(folder / "COMMITTED", {name: sha256(str(folder / name)) for name in files if name != "COMMITTED"})
         for old in self.committed()[:-KEPT_ROUNDS]:
             folder = self.round(old)
             (folder / "COMMITTED").unlink()  # first, so that a half-deleted round is never taken for whole
             shutil.rmtree(folder, ignore_errors=True)
+
+    def verified(self, round_: int) -> Path:
+        """Folder of a committed round whose files still are what was committed. Raises MinerError naming one that is not."""
+        folder = self.round(round_)
+        for name, digest in json.loads((folder / "COMMITTED").read_text()).items():
+            if not (folder / name).exists() or sha256(str(folder / name)) != digest:
+                raise MinerError(f"{folder / name}: changed since it was committed; remove {folder} to go on before it")
+        return folder
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

@@ -145,7 +145,11 @@ class Subset(Dataset):
         self.recipe: dict[str, Any] = json.loads(recipe.read_text())
         if self.recipe.get("format") != FORMAT or self.recipe["version"] > VERSION:
             raise MinerError(f"{recipe}: not a subset that this version reads; update outlier-miner")
-        self.manifest = pq.read_table(self.path / "manifest.parquet")
+        try:
+            self.manifest = pq.read_table(self.path / "manifest.parquet")
+        except (OSError, pa.ArrowInvalid) as error:
+            reason = str(error).splitlines()[0]
+            raise MinerError(f"{self.path}/manifest.parquet: cannot be read ({reason}); export it again") from None
         if len(self.manifest) != self.recipe["count"]:
             raise MinerError(f"{self.path}/manifest.parquet: {len(self.manifest)} rows, not {self.recipe['count']}")
         self._tar = self.manifest["tar"].to_pylist()
@@ -163,7 +167,11 @@ class Subset(Dataset):
 
     def encoded(self, i: int) -> bytes:
         """The image's bytes as they stood in the pool."""
-        return read_ranges(str(self.path / self._tar[i]), [self._extent[i]])[0]
+        path = self.path / self._tar[i]
+        try:
+            return read_ranges(str(path), [self._extent[i]])[0]
+        except FileNotFoundError:
+            raise MinerError(f"{path}: missing; export the subset again") from None
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
         with Image.open(io.BytesIO(self.encoded(i)), formats=("JPEG", "PNG", "WEBP")) as image:
@@ -179,6 +187,8 @@ class Subset(Dataset):
     def verify(self) -> None:
         """Re-hash every tar, the manifest and every image; raises MinerError naming the first that differs."""
         for tar in self.recipe["tars"]:
+            if not (self.path / tar["name"]).exists():
+                raise MinerError(f"{self.path / tar['name']}: missing; export the subset again")
             if sha256(str(self.path / tar["name"])) != tar["sha256"]:
                 raise MinerError(f"{self.path / tar['name']}: its bytes changed since it was written; export it again")
         if sha256(str(self.path / "manifest.parquet")) != self.recipe["manifest_sha256"]:

@@ -58,6 +58,7 @@ class ShardState:
     rule: str
     columns: dict[str, np.ndarray]
     swept: int = -1  # last round whose losses were applied: applying a round twice is a no-op
+    updated: int = -1  # likewise for the rule, and for the average of its weights
     averaged: int = -1
 
     @classmethod
@@ -99,7 +100,7 @@ class ShardState:
         """Take in one sweep's losses (float32 ``[n]``), once a round."""
         if self.swept >= round_:
             return
-        self["loss"][:] = loss_N
+        self["loss"][:] = np.where(np.isnan(loss_N), self["loss"], loss_N)  # not scored in this sweep: keep the last
         self["loss_sum"][:] += np.where(self.eligible, loss_N.astype(np.float64), 0.0)
         self["visits"][:] += self.eligible.astype(np.uint32)
         self.swept = round_
@@ -134,7 +135,7 @@ class ShardState:
         if not sound:
             raise MinerError(f"{path}: not a weights snapshot of this version; start the run in a new --out folder")
         columns = {name: table[name].to_numpy().astype(dtype) for name, dtype in _LIVE.items()}
-        return cls(rule, columns, swept, averaged)
+        return cls(rule, columns, swept, averaged, averaged)  # a commit lies between two rounds
 
 
 def final_table(

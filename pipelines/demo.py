@@ -37,8 +37,9 @@ def tune_and_score(run: str, rows: np.ndarray, seed: int) -> dict[str, float]:
     from miner.cache import open_shard
     from miner.pool import Pool
     from trainers.checkpoint import load_net
+    from trainers.config import FineTuneConfig
     from trainers.data import load_id
-    from trainers.train import FineTuneConfig, accuracy, fine_tune, predict
+    from trainers.train import accuracy, fine_tune, predict
 
     torch.set_num_threads(1)
     id_set = load_id("demo")

@@ -10,8 +10,9 @@ from safetensors.torch import load, save
 
 from miner.neighbors import NearestID, assign_strata, fit_strata
 from trainers import models
+from trainers.config import PretrainConfig
 from trainers.data import IdSet, augment, normalise
-from trainers.train import PretrainConfig, autocast, joint_step, place, pretrain, uniformity
+from trainers.train import autocast, joint_step, place, pretrain, uniformity
 
 _FORWARD = 256  # images a forward pass on a CPU (fits its caches); who scores a block must not change the arithmetic
 
