@@ -58,9 +58,8 @@ class Mining:
         self.id_set = load_id(self.config.data.id, self.config.data.size)
         settings = self.config.mining() | {"pool": self.pool.fingerprint, "id": self.id_set.fingerprint}
         first = self.dir.begin(settings, self.config.output.resume)
-        self.run_id = hashlib.blake2b(
-            json.dumps(_portable(settings), sort_keys=True).encode(), digest_size=8
-        ).hexdigest()
+        portable = json.dumps(_portable(settings), sort_keys=True)
+        self.run_id = hashlib.blake2b(portable.encode(), digest_size=8).hexdigest()
         connect(self.config.machines.address)
         self.crew = cluster.crew(self.config, self.pool.path, len(self.pool.shards), self.id_set)
         try:

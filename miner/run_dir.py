@@ -70,7 +70,7 @@ class RunDir:
             shutil.rmtree(folder, ignore_errors=True)
 
     def verified(self, round_: int) -> Path:
-        """Folder of a committed round whose files still are what was committed. Raises MinerError naming one that is not."""
+        """Folder of a committed round. Raises MinerError naming a file that is not what was committed."""
         folder = self.round(round_)
         for name, digest in json.loads((folder / "COMMITTED").read_text()).items():
             if not (folder / name).exists() or sha256(str(folder / name)) != digest:
