@@ -75,6 +75,13 @@ def eligible(pool: Pool) -> int:
     return int(pool.index(["excluded_by"])["excluded_by"].null_count)
 
 
+def check_sizes(config: Config, n: int) -> None:
+    """Raise UsageError when a gamma of a pool of ``n`` images is less than one image."""
+    for gamma in config.selection.gamma:
+        if Fraction(repr(gamma)) * n < 1:
+            raise UsageError(f"--gamma {gamma:g} of {n:,} images is less than one image; raise it")
+
+
 def plan(config: Config, pool: Pool) -> str:
     """What a run would do and cost, in words; nothing is computed or written."""
     game, n = config.game, eligible(pool)

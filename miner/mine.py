@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from miner import cluster, ranking
 from miner.config import Config
-from miner.inputs import check, duplicates, eligible, open_pool
+from miner.inputs import check, check_sizes, duplicates, eligible, open_pool
 from miner.loop import Game
 from miner.neighbors import POINTS_PER_STRATUM
 from miner.progress import Display
@@ -51,6 +51,7 @@ class Mining:
         self.pool = open_pool(config)
         self.times: dict[str, float] = {}
         self.n = eligible(self.pool)
+        check_sizes(config, self.n)
 
     def run_all(self) -> Mined:
         """Everything, from the committed state of the run directory to subsets."""

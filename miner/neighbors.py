@@ -66,7 +66,7 @@ def fit_strata(features_SD: Features, strata: int, seed: int, threads: int) -> F
     sample = unit(features_SD)
     if not np.isfinite(sample).all():
         raise MinerError(
-            "features are not finite: the classifier has diverged; start anew from another --checkpoint in another --out"
+            "features are not finite: the classifier has diverged; start anew from another --checkpoint and --out"
         )
     kmeans = faiss.Kmeans(
         sample.shape[1],

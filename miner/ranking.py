@@ -119,8 +119,6 @@ def subset_size(rows: Rows, gamma: float, n: int, draw: str, seed: int) -> int:
         chance_M = np.minimum(1.0, gamma * n * weight_M / weight_M.sum())
         return int((uniform(rows.uid[rows.eligible], seed) <= chance_M).sum())
     size = int(Fraction(repr(gamma)) * n)  # as written: in binary floats 0.29 * 100 is 28.999999999999996
-    if size < 1:
-        raise MinerError(f"--gamma {gamma:g} of {n:,} images is less than one image; raise it")
     if size > available:
         raise MinerError(
             f"--gamma {gamma:g} asks for {size:,} of {n:,} images but only {available:,} are left after exclusions; "
