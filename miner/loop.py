@@ -70,18 +70,19 @@ class Game:
         blocks = [(s, start) for s in range(len(counts)) for start in range(0, counts[s], BLOCK)]
         self.display.phase(f"round {round_ + 1}/{self.config.game.rounds} score", sum(counts))
         started = time.monotonic()
-        busy: dict[Any, int] = {}
+        busy: dict[Any, tuple[int, int, int]] = {}  # scores on their way -> (trainer, shard, start)
+        taken: list[Any] = []
         load = [0] * len(crew.trainers)  # blocks in flight to each
         for shard, start in blocks:
             while min(load) >= IN_FLIGHT:
-                self._reap(busy, load)
+                taken.append(self._reap(busy, load))
             trainer = load.index(min(load))
             images = crew.owner[shard].block.remote(shard, start, min(start + BLOCK, counts[shard]))
-            scores = crew.trainers[trainer].score.remote(images, round_ == 0)
-            busy[crew.owner[shard].take_scores.remote(shard, start, scores)] = trainer
+            busy[crew.trainers[trainer].score.remote(images, round_ == 0)] = trainer, shard, start
             load[trainer] += 1
         while busy:
-            self._reap(busy, load)
+            taken.append(self._reap(busy, load))
+        get(taken)
         crew.each("close_sweep", round_)
         record = {
             "scored": sum(counts),
@@ -91,10 +92,17 @@ class Game:
             record |= self.guard()
         return record
 
-    def _reap(self, busy: dict[Any, int], load: list[int]) -> None:
-        for ref in ray.wait(list(busy), num_returns=1)[0]:
-            load[busy.pop(ref)] -= 1
-            self.display.advance(get(ref))
+    def _reap(self, busy: dict[Any, tuple[int, int, int]], load: list[int]) -> Any:
+        """Wait for one block's scores and send them to their owner, who counts them.
+
+        Only now: Ray delivers calls to an actor in the order they were made, so that scores sent while still on
+        their way would hold up the owner's next blocks, and the trainer would wait.
+        """
+        scores = ray.wait(list(busy), num_returns=1, fetch_local=False)[0][0]
+        trainer, shard, start = busy.pop(scores)
+        load[trainer] -= 1
+        self.display.advance(BLOCK)
+        return self.crew.owner[shard].take_scores.remote(shard, start, scores)
 
     def guard(self) -> dict[str, Any]:
         """Exclude the share of the pool nearest to the ID set (DESIGN: the leak guard is part of the method)."""

@@ -49,7 +49,7 @@ class Display:
 
     def advance(self, units: int, unit: str = "images", note: str = "") -> None:
         """``units`` more are done."""
-        self.done += units
+        self.done = min(self.done + units, self.total)
         seconds = time.monotonic() - self.started
         rate = self.done / max(seconds, 1e-9)
         text = "  ".join(part for part in (f"{rate:,.0f} {unit}/s", note, self.figures) if part)
