@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import socket
 from typing import Any
 
 import ray
@@ -24,11 +25,19 @@ def connect(address: str | None, num_cpus: int | None = None) -> int:
     # Waiting threads must not spin: torch and faiss bring a thread pool each, and few cores serve both.
     options["runtime_env"] = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
     try:
+        if not own and ":" in str(address):
+            _knock(str(address))
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise MinerError(f"--address {address}: cannot join Ray ({first}); check it, or leave it out") from None
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _knock(address: str) -> None:
+    """Raise OSError when nothing listens at ``host:port``: Ray itself would try for many minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def get(refs: Any) -> Any:
