@@ -78,7 +78,7 @@ class PoolShards:
             raise MinerError(
                 f"{self.pool.shards[shard].name}: {len(broken)} of {len(rows)} losses are not finite in the block of "
                 f"rows {rows[0]}-{rows[-1]} (keys {some}{', ...' if len(broken) > 5 else ''}); the classifier has "
-                "diverged: lower --lr, or start anew from another --checkpoint in another --out"
+                "diverged: start anew with a lower --lr or another --checkpoint in another --out"
             )
         self.losses[shard][rows] = scores["loss"]
         for name in scores.keys() - {"loss"}:
@@ -205,13 +205,12 @@ class PoolShards:
         self.state[shard].write(Path(folder) / f"shard-{shard:06d}.arrow")
 
     def ranking_columns(self, shard: int) -> dict[str, np.ndarray]:
-        """What the driver ranks by: outcome weights, eligibility, strata, and the exclusion codes."""
+        """What the driver ranks by: outcome weights, eligibility and strata."""
         state = self.state[shard]
         return {
             "weight": state.outcome(),
             "eligible": state.eligible,
             "stratum": state["stratum"],
-            "excluded": state["excluded"],
         }
 
     def write_table(self, shard: int, folder: str, scale: float, rank: np.ndarray, metadata: dict[str, str]) -> None:

@@ -28,7 +28,7 @@ class Data:
     size: int = 32
     """Pixels a side at which images are scored. The subset keeps the original bytes."""
     seed: int = 0
-    """Same seed and same kind of machine: same subset, byte for byte, on any number of actors."""
+    """Same seed and same kind of CPU: same subset, byte for byte, on any number of actors."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Machines:
     trainers: int = 1
     """Processes that score, one GPU each where there are GPUs. The first one also trains."""
     address: str | None = None
-    """Ray cluster to join (`auto` or host:port). Default: a private Ray on this machine."""
+    """Ray cluster to join (`auto` or host:port); pool and --out then lie on a disk that all nodes see. Default: a
+    private Ray on this machine."""
 
 
 @dataclass(frozen=True)

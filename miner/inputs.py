@@ -22,7 +22,7 @@ def check(config: Config) -> None:
     guard = config.selection.exclude_near_id
     if not 0.0 <= guard < 1.0:
         raise UsageError(f"--exclude-near-id {guard:g}: the share of the pool to leave out must lie in [0, 1)")
-    if max(gammas) > 1.0 - guard:
+    if max(Fraction(repr(gamma)) for gamma in gammas) > 1 - Fraction(repr(guard)):
         raise UsageError(
             f"--gamma {max(gammas):g} cannot be had when --exclude-near-id {guard:g} leaves "
             f"{1 - guard:.0%} of the pool; lower one of them"
@@ -83,8 +83,9 @@ def check_sizes(config: Config, n: int) -> None:
 
 
 def plan(config: Config, pool: Pool) -> str:
-    """What a run would do and cost, in words; nothing is computed or written."""
+    """What a run would do and cost, in words. Raises UsageError for a gamma of less than one image."""
     game, n = config.game, eligible(pool)
+    check_sizes(config, n)
     sweeps = (0 if game.rule in rules.STEPWISE else game.rounds) or int(config.guarded)
     steps = game.steps * (game.rounds if game.rule in rules.STEPWISE else game.rounds - 1)
     forwards = sweeps * n + 6 * game.batch * steps  # a step: forward and backward (2 forwards) on 2 x batch

@@ -48,9 +48,9 @@ class Game:
                 record = self.stepwise_round(round_)
             else:
                 record = self.sweep_round(round_)
-            self.commit(round_)
             record = {"round": round_} | record | {"seconds": round(time.monotonic() - started, 3)}
-            self.run.log(record)
+            self.run.log(record)  # first: records of rounds that were not committed are dropped on resume
+            self.commit(round_)
             self.on_round(record)
 
     def sweep_round(self, round_: int) -> dict[str, Any]:
@@ -127,7 +127,9 @@ class Game:
         level = self.equilibrium_level() if self.config.game.rule == "equilibrium" else 0.0
         new_weight = sum(self.crew.each("update", round_, before, self.scale, level))
         if not np.isfinite(new_weight) or new_weight <= 0:
-            raise MinerError(f"round {round_}: the weights add up to {new_weight}; lower --eta")
+            raise MinerError(
+                f"round {round_}: the weights add up to {new_weight}; start anew with a lower --eta in another --out"
+            )
         factor, cap = before.rows / new_weight, self.config.game.cap
         if self.config.game.rule == "hedge":
             factor = rules.water_level(
@@ -153,6 +155,7 @@ class Game:
     def draw(self, round_: int) -> np.ndarray:
         """The round's batches: int64 ``[steps * batch, 2]`` of (shard, row), drawn without replacement, chance ~ w.
 
+        The chance saturates: a weight counts for no more than one place in a round.
         Each shard offers its smallest race keys; the merge of all shards is the draw. A pool smaller than the
         round is gone through again in the same order.
         """
@@ -162,7 +165,9 @@ class Game:
         places = np.concatenate([np.stack([np.full(len(r), s), r], 1) for s, (_, r) in enumerate(offers)])
         order = np.argsort(keys, kind="stable")[:wanted]
         if not len(order):
-            raise MinerError("no image of the pool has any weight left to draw; loosen --exclude-near-id")
+            raise MinerError(
+                "no image of the pool has any weight left to draw; start anew with a lower --exclude-near-id in another --out"
+            )
         return np.resize(places[order], (wanted, 2))
 
     def train(self, round_: int, places: np.ndarray) -> dict[str, Any]:

@@ -176,7 +176,9 @@ class Mining:
         if strata <= 1:
             return
         self.display.phase("strata", 1)
-        sample = np.argsort(ranking.uniform(self.uid_N2, self.config.data.seed, _SAMPLE_SALT), kind="stable")
+        uniform = ranking.uniform(self.uid_N2, self.config.data.seed, _SAMPLE_SALT)
+        eligible = np.concatenate([c["eligible"] for c in self.crew.each("ranking_columns")])
+        sample = np.argsort(np.where(eligible, uniform, np.inf), kind="stable")[: eligible.sum()]
         sample = np.sort(sample[: strata * POINTS_PER_STRATUM])
         edges = np.cumsum([0] + [shard.count for shard in self.pool.shards])
         parts = []

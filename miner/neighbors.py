@@ -29,7 +29,7 @@ class NearestID:
     """Exact cosine search over the ID set's features."""
 
     def __init__(self, id_features_MD: Features, threads: int) -> None:
-        faiss.omp_set_num_threads(threads)
+        self.threads = threads
         self.id_MD = unit(id_features_MD)
         self.k = min(K_NEAREST, len(self.id_MD))
         self.index: Any = faiss.IndexFlatIP(self.id_MD.shape[1])
@@ -43,6 +43,7 @@ class NearestID:
         FAISS's own distances change in the last bits with the batch they are asked in: it proposes candidates,
         their cosines are recomputed in float64, ties go to the smaller ID row.
         """
+        faiss.omp_set_num_threads(self.threads)  # a setting of the process, which `fit_strata` changes
         query_BD = unit(features_BD)
         _, candidate_BK = self.index.search(query_BD, min(self.k + _SPARE, len(self.id_MD)))
         candidate_BK = np.sort(candidate_BK, axis=1)
@@ -73,7 +74,6 @@ def fit_strata(features_SD: Features, strata: int, seed: int, threads: int) -> F
         strata,
         niter=20,
         seed=seed & 0x7FFFFFFF,
-        gpu=getattr(faiss, "get_num_gpus", lambda: 0)() > 0,
         min_points_per_centroid=1,
         max_points_per_centroid=POINTS_PER_STRATUM,
     )

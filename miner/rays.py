@@ -45,10 +45,19 @@ def get(refs: Any) -> Any:
     try:
         return ray.get(refs)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, MinerError):
-            raise error.cause from None
+        cause = error.cause
+        if isinstance(cause, MinerError):
+            raise cause from None
+        if isinstance(cause, ray.exceptions.RayActorError):  # it died while its result was on the way to another
+            raise _died(cause) from None
+        if isinstance(cause, OSError):
+            raise MinerError(f"{cause.filename or 'a worker process'}: {cause.strerror or cause}") from None
         raise
     except ray.exceptions.RayActorError as error:
-        lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
-        message = lines[-1].strip() if "__init__" in lines[0] else lines[0]  # a constructor's own error comes last
-        raise MinerError(f"a worker process died ({message}); run the same command again to go on") from None
+        raise _died(error) from None
+
+
+def _died(error: Exception) -> MinerError:
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    message = lines[-1].strip() if "__init__" in lines[0] else lines[0]  # a constructor's own error comes last
+    return MinerError(f"a worker process died ({message}); run the same command again to go on")

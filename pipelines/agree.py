@@ -44,6 +44,11 @@ def heaviest(weight_N: np.ndarray, top: float) -> np.ndarray:
     return chosen
 
 
+def eligible(table: pa.Table) -> np.ndarray:
+    """Mask bool ``[N]`` of the rows that are not excluded."""
+    return table["excluded_by"].is_null().to_numpy()
+
+
 def agreement(weight_N: np.ndarray, other_N: np.ndarray, top: float) -> tuple[float, float]:
     """(Spearman's rho, IoU of the heaviest) of two runs' weights."""
     a, b = heaviest(weight_N, top), heaviest(other_N, top)
@@ -56,8 +61,8 @@ def shares(run: Path, table: pa.Table, top: float, flag: str) -> str:
     marked = np.array([bool(entry.get(flag)) for entry in pool.class_info or []])
     if not marked.any():
         raise UsageError(f"--flag {flag}: no class of {pool.path}/pool.json carries it")
-    inside = marked[table["label"].to_numpy()]
-    top_share = inside[heaviest(table["weight"].to_numpy(), top)].mean()
+    inside, keep = marked[table["label"].to_numpy()], eligible(table)
+    top_share = inside[keep][heaviest(table["weight"].to_numpy()[keep], top)].mean()
     text = f"{inside.mean():.1%} of the pool, {top_share:.1%} of the heaviest {top:.0%}"
     for subset in sorted(run.glob("subset-*")):
         text += f", {marked[load_subset(subset).manifest['label'].to_numpy()].mean():.1%} of {subset.name}"
@@ -73,10 +78,12 @@ def main() -> None:
     for one, other in combinations(config.runs, 2):
         if tables[one]["uid"] != tables[other]["uid"]:
             raise UsageError(f"{one} and {other}: mined from different pools, their weights cannot be compared")
-        rho, iou = agreement(tables[one]["weight"].to_numpy(), tables[other]["weight"].to_numpy(), config.top)
+        keep = eligible(tables[one]) & eligible(tables[other])
+        first, second = (tables[run]["weight"].to_numpy()[keep] for run in (one, other))
+        rho, iou = agreement(first, second, config.top)
         chance = config.top / (2 - config.top)
         text = f"Spearman {rho:.3f}, IoU of the heaviest {config.top:.0%} {iou:.3f} (chance {chance:.3f})"
-        print(f"{one} and {other}: {text}")
+        print(f"{one} and {other}: {text}, over {keep.sum():,} images that neither excludes")
 
 
 if __name__ == "__main__":

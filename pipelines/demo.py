@@ -6,6 +6,7 @@ Tunes the run's classifier by outlier exposure with the mined subset, and with a
 and scores both on families of images that the pool does not contain.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ def random_subset(table: pa.Table, size: int, seed: int) -> np.ndarray:
     return np.flatnonzero(ranking.rank_rows(rows, "random", seed) < np.uint64(size))
 
 
-def tune_and_score(run: str, rows: np.ndarray, seed: int) -> dict[str, float]:
+def tune_and_score(run: str, model: str, rows: np.ndarray, seed: int) -> dict[str, float]:
     """AUROC of MSP (OOD positive) per held-out family, and ID accuracy, after outlier exposure with ``rows``."""
     import torch
     from sklearn.metrics import roc_auc_score
@@ -45,7 +46,7 @@ def tune_and_score(run: str, rows: np.ndarray, seed: int) -> dict[str, float]:
     id_set = load_id("demo")
     pool = Pool.open(f"{run}/demo-pool")
     images = np.concatenate([open_shard(pool, shard, 32)[0] for shard in range(len(pool.shards))])[rows]
-    net, _ = load_net(f"{run}/classifier.safetensors", "small", id_set.classes)
+    net, _ = load_net(f"{run}/classifier.safetensors", model, id_set.classes)
     fine_tune(net, id_set, images, FineTuneConfig(), seed, torch.device("cpu"), lambda _: None)
 
     def unsure(pixels: np.ndarray) -> np.ndarray:
@@ -67,7 +68,8 @@ def verdict(run: Path) -> dict[str, Any]:
     from miner.weights import load_weights
 
     table = load_weights(run)
-    subset = load_subset(sorted(run.glob("subset-*"))[0])
+    summary = json.loads((run / "summary.json").read_text())
+    subset = load_subset(run / min(summary["subsets"], key=lambda name: summary["subsets"][name]["count"]))
     place = {uid: row for row, uid in enumerate(table["uid"].to_pylist())}
     mined = np.array(sorted(place[uid] for uid in subset.uids))
     label, weight = table["label"].to_numpy(), table["weight"].to_numpy()
@@ -81,8 +83,10 @@ def verdict(run: Path) -> dict[str, Any]:
         }
         for i, name in enumerate(demo.FAMILIES)
     ]
-    jobs = [(str(run.resolve()), mined, seed) for seed in range(SEEDS)]
-    jobs += [(str(run.resolve()), random_subset(table, len(mined), seed), seed) for seed in range(SEEDS)]
+    jobs = [(str(run.resolve()), summary["model"], mined, seed) for seed in range(SEEDS)]
+    jobs += [
+        (str(run.resolve()), summary["model"], random_subset(table, len(mined), seed), seed) for seed in range(SEEDS)
+    ]
     results: dict[int, dict[str, float]] = dict(cli.each(tune_and_score, jobs, limit=len(jobs)))
     mean = [
         {name: float(np.mean([results[i][name] for i in part])) for name in results[0]}

@@ -41,7 +41,7 @@ def write_report(run: Path) -> Path:
 def header(run: Run) -> str:
     """What was mined for whom, how many images were kept and left out, and what it took."""
     s = run.summary
-    accuracy = f"{s['accuracy']:.1%} of test images" if np.isfinite(s["accuracy"]) else "accuracy not known"
+    accuracy = f"{s['accuracy']:.1%} of test images" if s["accuracy"] is not None else "accuracy not known"
     cards = [
         ("pool", s["pool"]),
         ("images in the pool", f"{s['images']:,}"),

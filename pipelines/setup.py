@@ -41,8 +41,11 @@ def main() -> None:
         venv.create(ENVIRONMENT, with_pip=True)
     faiss = "gpu" if nvidia_driver_answers() else "cpu"
     print(f"installing outlier-miner with faiss-{faiss} into {ENVIRONMENT}", flush=True)
+    install, other = installer(), {"gpu": "cpu", "cpu": "gpu"}[faiss]
+    remove = [*install, "pip", "uninstall", "--quiet", "--python", str(PYTHON), f"faiss-{other}"]
+    subprocess.run(remove, capture_output=True, check=False)  # a driver may have come or gone since the last time
     command = [
-        *installer(),
+        *install,
         "pip",
         "install",
         "--quiet",

@@ -73,7 +73,7 @@ def summary(pool: Pool, count: int, rounds: int) -> dict[str, Any]:
         "n": count,
         "id": "demo",
         "model": "small",
-        "accuracy": float("nan"),
+        "accuracy": None,
         "rule": "paper",
         "rounds": rounds,
         "excluded": {"exclude-list": 0, "duplicate": 0, "decode": 1, "near-id": count // 4},

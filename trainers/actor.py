@@ -14,7 +14,8 @@ from trainers.config import PretrainConfig
 from trainers.data import IdSet, augment, normalise
 from trainers.train import autocast, joint_step, place, pretrain, uniformity
 
-_FORWARD = 256  # images a forward pass on a CPU (fits its caches); who scores a block must not change the arithmetic
+# Images a forward pass: what fits a CPU's caches, a GPU's memory. Who scores a block must not change the arithmetic.
+_FORWARD = {"cpu": 256, "cuda": 4096}
 
 
 def pack(net: torch.nn.Module, more: dict[str, torch.Tensor] | None = None) -> bytes:
@@ -37,6 +38,7 @@ class Trainer:
         self.training_threads, self.scoring_threads = threads
         self.seed, self.alpha, self.batch = seed, alpha, batch
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.backends.cudnn.deterministic = True
         self.id_set = id_set
         self.net = models.create(model, len(id_set.classes), seed)
         place(self.net, self.device).eval()
@@ -93,18 +95,18 @@ class Trainer:
         """Float32 features and logits. The head runs in float32: bfloat16 logits would tie a third of the losses."""
         torch.set_num_threads(self.scoring_threads)
         features, logits = [], []
-        size = _FORWARD if self.device.type == "cpu" else len(images_BHWC)
+        size = _FORWARD[self.device.type]
         for start in range(0, len(images_BHWC), size):
             part = torch.tensor(images_BHWC[start : start + size])
             with autocast(self.device):
-                trunk = self.net.features(normalise(part.to(self.device, non_blocking=True)))
-            features.append(trunk.float())
-            logits.append(self.net.head(trunk.float()))
+                trunk = self.net.features(normalise(part.to(self.device)))
+            features.append(trunk.float().cpu())
+            logits.append(self.net.head(trunk.float()).cpu())
         return torch.cat(features), torch.cat(logits)
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Penultimate features float32 ``[n, D]`` of uint8 images ``[n, S, S, 3]``."""
-        return self._forward(images)[0].cpu().numpy()
+        return self._forward(images)[0].numpy()
 
     def look_up_id(self) -> None:
         """Index the ID training set under the classifier as it is now."""
@@ -123,9 +125,9 @@ class Trainer:
     def score(self, images: np.ndarray, look_up: bool) -> dict[str, np.ndarray]:
         """Uniformity loss float32 ``[n]`` of each image; with ``look_up`` nearest ID images and stratum beside it."""
         features, logits = self._forward(images)
-        scores = {"loss": uniformity(logits).cpu().numpy()}
+        scores = {"loss": uniformity(logits).numpy()}
         if look_up:
-            vectors = features.cpu().numpy()
+            vectors = features.numpy()
             if self.nearest is not None:
                 found = self.nearest.query(vectors)
                 scores |= dict(zip(("nn_id_row", "nn_id_cosine", "nn50_id_cosine"), found, strict=True))
