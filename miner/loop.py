@@ -166,7 +166,7 @@ class Game:
         order = np.argsort(keys, kind="stable")[:wanted]
         if not len(order):
             raise MinerError(
-                "no image of the pool has any weight left to draw; start anew with a lower --exclude-near-id in another --out"
+                "no image has any weight left to draw; start anew, with a lower --exclude-near-id, in another --out"
             )
         return np.resize(places[order], (wanted, 2))
 
