@@ -215,11 +215,12 @@ def resolve(name: str) -> str:
             return name.removeprefix("file://")
         check_url(name)
         return name
-    if os.path.exists(name):
-        return name
     path = os.path.join(pools_folder(), name)
-    if os.path.exists(os.path.join(path, "pool.json")):
-        return path
+    for folder in (name, path):  # an image folder that happens to share a pool's name is not the pool
+        if os.path.exists(os.path.join(folder, "pool.json")):
+            return folder
+    if os.path.exists(name):
+        return name  # opening it says what it lacks
     hint = HINTS.get(name, "see python -m pipelines.shard --help, or give a folder or URL with a pool.json")
     raise UsageError(f"no pool {name!r} in {pools_folder()}; {hint}")
 

@@ -38,7 +38,10 @@ class RunDir:
         if config.exists():
             old = json.loads(config.read_text())
             differing = sorted(_differences(old, json.loads(json.dumps(settings))))
-            if differing:
+            if differing and not self.committed():  # stopped before it had anything to lose: a typo in a flag, say
+                (self.path / "classifier.safetensors").unlink(missing_ok=True)
+                write_json(config, settings)
+            elif differing:
                 raise MinerError(
                     f"{self.path}: holds a run with other settings ({'; '.join(differing)}); "
                     "give the same ones to continue it, or choose another --out"

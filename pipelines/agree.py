@@ -71,7 +71,9 @@ def shares(run: Path, table: pa.Table, top: float, flag: str) -> str:
 
 def main() -> None:
     """Print shares and agreements."""
-    config = tyro.cli(Config, description=__doc__)
+    config = tyro.cli(Config, prog="python -m pipelines.agree", description=__doc__)
+    if len(config.runs) < 2 and not (config.runs and config.flag):
+        raise UsageError("nothing to compare: give two runs, or one and --flag")
     tables = {run: load_weights(run) for run in config.runs}
     for run, table in tables.items() if config.flag else ():
         print(shares(run, table, config.top, str(config.flag)))

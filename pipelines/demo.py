@@ -128,9 +128,13 @@ def main() -> None:
 
     from miner.rays import connect
 
-    run: Path = tyro.cli(Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="run")], description=__doc__)
-    connect(None)
-    show(verdict(run))
+    directory = tyro.conf.arg(metavar="RUN", help="Run directory of a mined demo pool.")
+
+    def demo(run: Annotated[Path, tyro.conf.Positional, directory]) -> None:
+        connect(None)
+        show(verdict(run))
+
+    tyro.cli(demo, prog="python -m pipelines.demo", description=__doc__)
 
 
 if __name__ == "__main__":

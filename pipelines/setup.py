@@ -6,6 +6,7 @@ Makes .venv, fills it with uv from the ordinary package index, and picks faiss-g
 module name, so never both) by whether an NVIDIA driver answers. Safe to run again: what is there stays.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,9 @@ def installer() -> list[str]:
 
 def main() -> None:
     """Make the environment and fill it."""
+    argparse.ArgumentParser(
+        prog="python3 -m pipelines.setup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 - the very question here
         sys.exit(f"error: Python {sys.version.split()[0]} is too old; outlier-miner needs 3.11 or newer")
     if not PYTHON.exists():

@@ -54,7 +54,7 @@ class Config:
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+    config = tyro.cli(Config, prog="python -m pipelines.shard", description=__doc__)
     if config.workers is not None and config.workers < 1:
         raise UsageError(f"--workers {config.workers}: at least 1")
     if config.verify:
@@ -99,7 +99,7 @@ def destination(config: Config) -> tuple[str, str]:
     """(name, absolute folder) of the pool to make. Raises UsageError."""
     name = config.name or (os.path.basename(os.path.abspath(config.out)) if config.out else "")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise UsageError(f"--name {name!r}: letters, digits, '-', '_' and dots, please")
+        raise UsageError(f"--name {name!r}: give --name (letters, digits, '-', '_' and dots) or --out")
     return name, os.path.abspath(config.out or os.path.join(pools_folder(), name))
 
 

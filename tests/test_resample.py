@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 
 from miner import load_subset, load_weights
+from miner.build import write_arrays_pool
+from miner.errors import MinerError
+from miner.pool import resolve
+from miner.run_dir import RunDir
 from pipelines.agree import agreement, heaviest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,3 +150,23 @@ def test_neighbours_and_losses_are_in_the_table(mined: Path) -> None:
     cosine = table["nn_id_cosine"].to_numpy()
     assert (table["nn50_id_cosine"].to_numpy() <= cosine).all()
     assert (cosine <= 1.0 + 1e-6).all()
+
+
+def test_a_run_that_lost_nothing_yet_takes_corrected_flags(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert run.begin({"checkpoint": "typo"}, resume=False) == 0
+    assert run.begin({"checkpoint": "right"}, resume=False) == 0
+    run.round(0).mkdir(parents=True)
+    run.commit(0)
+    assert run.begin({"checkpoint": "right"}, resume=False) == 1
+    with pytest.raises(MinerError, match="checkpoint: right there, typo now"):
+        run.begin({"checkpoint": "typo"}, resume=False)
+
+
+def test_an_image_folder_does_not_hide_the_pool_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "img").mkdir()
+    made = tmp_path / "pools" / "img"
+    write_arrays_pool(str(made), "img", np.zeros((2, 8, 8, 3), np.uint8), None, [], shard_count=1)
+    monkeypatch.setenv("OUTLIER_POOLS", str(tmp_path / "pools"))
+    monkeypatch.chdir(tmp_path)
+    assert resolve("img") == str(made)
