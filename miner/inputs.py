@@ -66,8 +66,7 @@ def duplicates(pool: Pool) -> tuple[np.ndarray, list[np.ndarray]]:
     order = np.lexsort((uid_N2[:, 1], uid_N2[:, 0]))  # stable: equal uids stay in (shard, row) order
     again = np.zeros(len(uid_N2), bool)
     again[order[1:]] = (uid_N2[order[1:]] == uid_N2[order[:-1]]).all(axis=1)
-    edges = np.cumsum([0] + [shard.count for shard in pool.shards])
-    return uid_N2, [np.flatnonzero(again[a:b]) for a, b in pairwise(edges)]
+    return uid_N2, [np.flatnonzero(again[a:b]) for a, b in pairwise(pool.edges)]
 
 
 def eligible(pool: Pool) -> int:

@@ -93,9 +93,10 @@ class Mining:
         source = path if path.exists() else data.checkpoint
         if source is None:
             report = self.pretrain()
-            get([t.set_state.remote(trainers[0].state.remote()) for t in trainers[1:]])
+            state = trainers[0].state.remote()
+            get([trainer.set_state.remote(state) for trainer in trainers[1:]])
             net = models.create(data.model, len(self.id_set.classes))
-            net.load_state_dict(unpack(get(trainers[0].state.remote())))
+            net.load_state_dict(unpack(get(state)))
             meta = {"accuracy": report["accuracy"], "seed": data.seed}
         else:
             net, meta = load_net(source, data.model, self.id_set.classes)
@@ -180,8 +181,7 @@ class Mining:
         eligible = np.concatenate([c["eligible"] for c in self.crew.each("ranking_columns")])
         sample = np.argsort(np.where(eligible, uniform, np.inf), kind="stable")[: eligible.sum()]
         sample = np.sort(sample[: strata * POINTS_PER_STRATUM])
-        edges = np.cumsum([0] + [shard.count for shard in self.pool.shards])
-        parts = []
+        edges, parts = self.pool.edges, []
         for shard, actor in enumerate(self.crew.owner):
             rows = sample[(sample >= edges[shard]) & (sample < edges[shard + 1])] - edges[shard]
             parts.append(actor.rows_of.remote(shard, rows))
@@ -201,8 +201,7 @@ class Mining:
         scale = float(joined["eligible"].sum()) / total
         folder = self.dir.path / "weights"
         folder.mkdir(exist_ok=True)
-        edges = np.cumsum([0] + [shard.count for shard in self.pool.shards])
-        ranks = [(str(folder.resolve()), scale, rank[a:b]) for a, b in pairwise(edges)]
+        ranks = [(str(folder.resolve()), scale, rank[a:b]) for a, b in pairwise(self.pool.edges)]
         self.crew.each("write_table", self.metadata(total), per_shard=ranks)
         return load_weights(self.dir.path)
 

@@ -108,6 +108,11 @@ class Pool:
         """The rows of all shards in order (shard, row), columns as in INDEX_SCHEMA."""
         return self._parquet().read(columns=columns)
 
+    @property
+    def edges(self) -> np.ndarray:
+        """First row of each shard in ``index``, and the number of all rows at the end, int64 [shards + 1]."""
+        return np.cumsum([0] + [shard.count for shard in self.shards])
+
     def shard_index(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """The rows of one shard."""
         return self._parquet().read_row_group(shard, columns=columns)
