@@ -6,11 +6,10 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
-from trainers.config import PretrainConfig
+from trainers.config import Model, PretrainConfig
 
 Rule = Literal["hedge", "paper", "reference", "equilibrium", "uniform", "toploss"]
 Draw = Literal["rank", "eq20", "topk", "random"]
-Model = Literal["small", "wrn-40-2", "wrn-40-4", "wrn-28-10", "resnet18", "densenet-bc-100"]
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from miner.run_dir import RunDir, write_json
 from miner.subset import write_subset
 from miner.weights import FORMAT_VERSION, REASONS, load_weights
 from trainers import models
-from trainers.actor import pack, unpack
-from trainers.checkpoint import load_net, save_checkpoint
+from trainers.checkpoint import load_net, pack, save_checkpoint, unpack
 from trainers.data import load_id
 
 _SAMPLE_SALT = 2  # who is in the k-means sample

@@ -26,8 +26,8 @@ def write_json(path: Path, value: Any) -> None:
 class RunDir:
     """Paths and commit protocol of one run."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, unit: str = "round") -> None:
+        self.path, self.unit = path, unit  # what is committed one by one: rounds of mining, epochs of training
 
     def begin(self, settings: dict[str, Any], resume: bool) -> int:
         """Open or continue a run under ``settings``; returns the first round that is not committed yet.
@@ -56,11 +56,11 @@ class RunDir:
 
     def round(self, round_: int) -> Path:
         """Folder of a round."""
-        return self.path / "rounds" / f"{round_:06d}"
+        return self.path / f"{self.unit}s" / f"{round_:06d}"
 
     def committed(self) -> list[int]:
         """Rounds that are complete."""
-        return sorted(int(path.parent.name) for path in self.path.glob("rounds/*/COMMITTED"))
+        return sorted(int(path.parent.name) for path in self.path.glob(f"{self.unit}s/*/COMMITTED"))
 
     def commit(self, round_: int) -> None:
         """Declare a round's files complete, with their SHA-256; what was there before may now be deleted."""
@@ -102,7 +102,7 @@ class RunDir:
 
     def _forget_metrics(self, first: int) -> None:
         """Drop records of rounds that will be played again."""
-        records = [r for r in self.metrics() if r.get("round", -1) < first]
+        records = [r for r in self.metrics() if r.get(self.unit, -1) < first]
         write_file(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
 
 

@@ -38,22 +38,25 @@ def tune_and_score(run: str, model: str, rows: np.ndarray, seed: int) -> dict[st
     from miner.cache import open_shard
     from miner.pool import Pool
     from trainers.checkpoint import load_net
-    from trainers.config import FineTuneConfig
     from trainers.data import load_id
-    from trainers.train import accuracy, fine_tune, predict
+    from trainers.fit import fit
+    from trainers.image_set import ImageSet
+    from trainers.recipes import default_recipe
+    from trainers.train import predict
 
     torch.set_num_threads(1)
     id_set = load_id("demo")
     pool = Pool.open(f"{run}/demo-pool")
     images = np.concatenate([open_shard(pool, shard, 32)[0] for shard in range(len(pool.shards))])[rows]
     net, _ = load_net(f"{run}/classifier.safetensors", model, id_set.classes)
-    fine_tune(net, id_set, images, FineTuneConfig(), seed, torch.device("cpu"), lambda _: None)
+    recipe, outliers = default_recipe("oe", scratch=False), ImageSet("outliers", (images,))
+    report = fit(net, id_set, outliers, recipe, seed, torch.device("cpu"), lambda _: None)
 
     def unsure(pixels: np.ndarray) -> np.ndarray:
         return 1.0 - predict(net, torch.from_numpy(pixels)).softmax(dim=1).amax(dim=1).numpy()
 
     inside = unsure(id_set.test_images)
-    found = {"ID accuracy": accuracy(net, id_set.test_images, id_set.test_labels)}
+    found = {"ID accuracy": report["accuracy"]}
     for family, pixels in demo.held_out().items():
         outside = unsure(pixels)
         truth = np.concatenate([np.zeros(len(inside)), np.ones(len(outside))])

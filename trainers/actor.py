@@ -6,27 +6,17 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from safetensors.torch import load, save
 
 from miner.neighbors import NearestID, assign_strata, fit_strata
 from trainers import models
+from trainers.checkpoint import pack, restore
 from trainers.config import PretrainConfig
 from trainers.data import IdSet, augment, normalise
-from trainers.train import autocast, joint_step, place, pretrain, uniformity
+from trainers.fit import pretrain
+from trainers.train import autocast, joint_step, place, uniformity
 
 # Images a forward pass: what fits a CPU's caches, a GPU's memory. Who scores a block must not change the arithmetic.
 _FORWARD = {"cpu": 256, "cuda": 4096}
-
-
-def pack(net: torch.nn.Module, more: dict[str, torch.Tensor] | None = None) -> bytes:
-    """Parameters and buffers of ``net`` as safetensors bytes under ``net.*``, other tensors beside them."""
-    tensors = {f"net.{name}": value for name, value in net.state_dict().items()} | (more or {})
-    return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-
-
-def unpack(blob: bytes) -> dict[str, torch.Tensor]:
-    """The state dict of the net in what ``pack`` gave."""
-    return {name[4:]: value for name, value in load(blob).items() if name.startswith("net.")}
 
 
 class Trainer:
@@ -69,23 +59,12 @@ class Trainer:
         return dict(self.told)
 
     def state(self) -> bytes:
-        """Classifier and optimiser state as safetensors bytes (names ``net.*`` and ``momentum.*``)."""
-        tensors = {}
-        for i, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
-            buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None:
-                tensors[f"momentum.{i}"] = buffer
-        return pack(self.net, tensors)
+        """Classifier and optimiser state as safetensors bytes."""
+        return pack(self.net, self.optimizer)
 
     def set_state(self, blob: bytes) -> None:
-        """Take over what ``state`` gave; a state without momentum resets the optimiser."""
-        tensors = load(blob)
-        self.net.load_state_dict(unpack(blob))
-        self.optimizer.state.clear()
-        for i, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
-            if f"momentum.{i}" in tensors:
-                buffer = tensors[f"momentum.{i}"].to(self.device)
-                self.optimizer.state[parameter]["momentum_buffer"] = buffer.to(memory_format=torch.preserve_format)
+        """Take over what ``state`` gave; a state without an optimiser's resets it."""
+        restore(blob, self.net, self.optimizer)
         self.net.eval()
 
     # --- the frozen classifier: features, neighbours, strata ---------------------------------------------------

@@ -5,13 +5,16 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from miner.errors import MinerError
 from miner.files import atomic
 from trainers import models
+
+RUN_FILES = ("checkpoint.safetensors", "classifier.safetensors")  # of pipelines.train, of pipelines.resample
 
 
 def save_checkpoint(path: str | os.PathLike[str], net: nn.Module, meta: Mapping[str, Any]) -> None:
@@ -50,9 +53,31 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         raise MinerError(f"{where}: not a sound safetensors file ({error}); write or fetch it again") from None
 
 
-def load_net(path: str | os.PathLike[str], model: str, classes: Sequence[str]) -> tuple[models.Net, dict[str, Any]]:
-    """The net ``model`` with the weights of ``path`` (on the CPU), and the file's metadata.
+def open_checkpoint(path: str | os.PathLike[str]) -> tuple[models.Net, dict[str, Any]]:
+    """The net of a checkpoint file or of a run directory (on the CPU, eval mode), and its metadata.
 
+    The metadata alone says what to build: "model", "classes" and "reject" (True: one output more than classes).
+    Raises MinerError as ``load_checkpoint`` does, and for a file that does not say what it holds.
+    """
+    where = os.fspath(path)
+    if os.path.isdir(where):
+        found = [os.path.join(where, name) for name in RUN_FILES if os.path.isfile(os.path.join(where, name))]
+        if not found:
+            raise MinerError(f"{where}: no {' or '.join(RUN_FILES)} in it; train to the end, or name a checkpoint")
+        where = found[0]
+    meta = load_checkpoint(where)[1]
+    if not {"model", "classes"} <= meta.keys():
+        raise MinerError(f"{where}: does not say which model and classes it holds; only our own checkpoints do")
+    return load_net(where, meta["model"], meta["classes"], reject=bool(meta.get("reject")))
+
+
+def load_net(
+    path: str | os.PathLike[str], model: str, classes: Sequence[str], reject: bool = False, seed: int = 0
+) -> tuple[models.Net, dict[str, Any]]:
+    """The net ``model`` with the weights of ``path`` (on the CPU, eval mode), and the file's metadata.
+
+    With ``reject`` the net has one output more than ``classes``, the last; a file without it gets a fresh row
+    there, drawn from ``seed``; without ``reject`` such a row is left out.
     Raises MinerError when the file was made for another model or other classes, or its tensors do not fit.
     """
     where = os.fspath(path)
@@ -67,11 +92,54 @@ def load_net(path: str | os.PathLike[str], model: str, classes: Sequence[str]) -
         raise MinerError(
             f"{where}: class {first} is {made_for[first]!r}, the ID set's {classes[first]!r}; pre-train anew"
         )
-    net = models.create(model, len(classes))
+    net = models.create(model, len(classes) + reject, seed)
     expected = net.state_dict()
+    if bool(meta.get("reject")) != reject:
+        for name in ("head.weight", "head.bias"):
+            fresh = expected[name][len(classes) :].clone()
+            state[name] = torch.cat([state[name][: len(classes)], fresh]) if name in state else fresh
     for name in sorted(expected.keys() | state.keys()):
         want, found = (list(side[name].shape) if name in side else "none" for side in (expected, state))
         if want != found:
             raise MinerError(f"{where}: shape of {name} is {found}, in {model} {want}; pre-train anew")
     net.load_state_dict(state)
-    return net, meta
+    return net.eval(), meta
+
+
+def pack(
+    net: nn.Module, optimizer: torch.optim.Optimizer | None = None, more: Mapping[str, Tensor] | None = None
+) -> bytes:
+    """Net, optimiser state and other tensors as safetensors bytes: ``net.*``, ``optimizer.*``, ``more.*``."""
+    tensors = {f"net.{name}": value for name, value in net.state_dict().items()}
+    tensors |= {f"more.{name}": value for name, value in (more or {}).items()}
+    for i, parameter in enumerate(_parameters(optimizer)):
+        state = optimizer.state.get(parameter, {}) if optimizer else {}
+        tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items() if value is not None}
+    return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+
+
+def unpack(blob: bytes) -> dict[str, Tensor]:
+    """The state dict of the net in what ``pack`` gave."""
+    return {name[4:]: value for name, value in load(blob).items() if name.startswith("net.")}
+
+
+def restore(blob: bytes, net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Put net and optimiser back to where ``pack`` took them; returns the other tensors.
+
+    A blob without optimiser state resets the optimiser.
+    """
+    tensors = load(blob)
+    net.load_state_dict(unpack(blob))
+    optimizer.state.clear()
+    for i, parameter in enumerate(_parameters(optimizer)):
+        start = f"optimizer.{i}."
+        for name in [name for name in tensors if name.startswith(start)]:
+            value = tensors[name]
+            if value.ndim:  # a counter of steps stays where it is
+                value = value.to(parameter.device).to(memory_format=torch.preserve_format)
+            optimizer.state[parameter][name.removeprefix(start)] = value
+    return {name[5:]: value for name, value in tensors.items() if name.startswith("more.")}
+
+
+def _parameters(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]] if optimizer else []

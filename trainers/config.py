@@ -1,8 +1,29 @@
 """Settings of training, apart from the code that needs torch: `--help` should not wait for it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import OmitArgPrefixes
 
 from miner.errors import UsageError
+from trainers.recipes import Recipe, default_recipe, preset
+
+Model = Literal["small", "wrn-40-2", "wrn-40-4", "wrn-28-10", "resnet18", "densenet-bc-100"]
+Method = Literal[
+    "ce",
+    "oe",
+    "entropy",
+    "energy",
+    "objectosphere",
+    "background",
+    "mixoe",
+    "mixoe-cutmix",
+    "openmix",
+    "openmix-manifold",
+    "logitmixoe",
+    "oe-m",
+]
 
 
 @dataclass(frozen=True)
@@ -31,25 +52,89 @@ class PretrainConfig:
             raise UsageError(f"warmup {self.warmup}: must be at least 0 and below 1")
 
 
-@dataclass(frozen=True)
-class FineTuneConfig:
-    """Outlier exposure: a joint train-mode forward of ID and outliers, SGD with Nesterov momentum, cosine."""
-
-    epochs: int = 8
-    """Passes over the ID training set."""
-    batch: int = 128
-    """ID images a step; as many outliers join them."""
-    lr: float = 0.02
-    """Learning rate at the start."""
-    weight_decay: float = 5e-4
-    """L2 penalty on all parameters."""
-    alpha: float = 0.5
-    """Weight of the outliers' uniformity loss beside the ID cross-entropy."""
-
-    def __post_init__(self) -> None:
-        _check(self.epochs, self.batch, self.lr)
-
-
 def _check(epochs: int, batch: int, lr: float) -> None:
     if epochs < 1 or batch < 2 or not lr > 0:
         raise UsageError(f"epochs {epochs}, batch {batch}, lr {lr}: at least 1, at least 2 and above 0 are needed")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a classifier with background images, by any method of the literature.
+
+    The flags below --recipe and --objective show the values of the chosen --method or --preset; each can be changed.
+    """
+
+    method: Method = "oe"
+    """What is minimised. `ce` uses no outliers: the baseline."""
+    preset: str | None = None
+    """A paper's own recipe instead of the default one for small nets (oe-cifar-tune, openmix-cifar, ...; a wrong
+    name lists them all). It says which method."""
+    id: str = "demo"
+    """ID set: a folder of train-*.tar / test-*.tar or of train/CLASS and test/CLASS images, a torchvision name
+    (cifar10), or `demo`."""
+    outliers: str | None = None
+    """Background images: a gamma-subset, a pool (folder, URL or name), a folder of tars, one tar, an image folder
+    or an .npy array uint8 [N, H, W, 3]. Default for the demo ID set: the demo pool."""
+    ood: tuple[str, ...] = ()
+    """OOD test sets that will judge this classifier: training is refused if outliers are among their images."""
+    allow_overlap: bool = False
+    """Train even if outliers are among the images of the ID test set or of --ood."""
+    long_tail: float | None = None
+    """Cut the ID training set to an exponential profile; the rarest class keeps this share of the most frequent."""
+    hold_out: str = ""
+    """Classes left out of ID, for `pipelines.evaluate --near held-out`: labels (3,5,7), random:COUNT:SEED, or MixOE's
+    own splits, mixoe:car:0."""
+    size: int = 32
+    """Pixels a side."""
+    model: Model = "small"
+    """Classifier. `small` makes a CPU run practical."""
+    checkpoint: Path | None = None
+    """Start from this classifier (.safetensors); without one, training is from scratch."""
+    seed: int = 0
+    """Same seed, threads, workers and machine: same classifier, bit for bit."""
+    threads: int = 0
+    """CPU threads of a process. 0: all cores but one, shared among the workers."""
+    workers: int = 1
+    """Processes that train together, each on its share of every batch; one GPU each where there are GPUs."""
+    out: Path | None = None
+    """Run directory. Default: runs/<method>-<id>-s<seed>."""
+    resume: bool = False
+    """Go on after the last finished epoch of --out; an error if nothing is there. (The same command run again also
+    goes on; this flag only insists.)"""
+    recipe: Annotated[Recipe, OmitArgPrefixes] = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or self.threads < 0:
+            raise UsageError(f"workers {self.workers}, threads {self.threads}: at least 1 and at least 0 are needed")
+
+    @classmethod
+    def default(cls, method: str | None, preset_name: str | None, scratch: bool) -> "TrainConfig":
+        """What the flags start from. Raises UsageError for unknown names, and a preset of another method."""
+        if not preset_name:
+            method = method or "oe"
+            return cls(method=method, recipe=default_recipe(method, scratch))  # type: ignore[arg-type]
+        own, recipe = preset(preset_name)
+        if method not in (None, own):
+            raise UsageError(f"--preset {preset_name}: is a recipe of --method {own}, not {method}")
+        return cls(method=own, preset=preset_name, recipe=recipe)  # type: ignore[arg-type]
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run lives."""
+        name = self.preset or self.method
+        return self.out or Path("runs") / f"{name}-{Path(self.id.rstrip('/')).name}-s{self.seed}"
+
+    @property
+    def background(self) -> str | None:
+        """The outliers' specification; None when the objective needs none."""
+        if not self.recipe.objective.outliers:
+            return None
+        if self.outliers is None and self.id != "demo":
+            raise UsageError(f"--method {self.method}: needs background images; name a subset or a pool with --outliers")
+        return self.outliers or "demo-pool"
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result: a run can be continued only under the same settings."""
+        skipped = ("out", "resume", "ood", "allow_overlap")
+        found = {name: value for name, value in asdict(self).items() if name not in skipped}
+        return found | {"checkpoint": str(self.checkpoint) if self.checkpoint else None, "outliers": self.background}

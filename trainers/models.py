@@ -17,12 +17,25 @@ class Net(nn.Module):
 
     feature_dim: int
     head: nn.Linear
+    body: nn.Sequential
+    cuts: tuple[int, int]  # how much of ``body`` lies before the end of stage 1 and of stage 2
 
     def features(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        return _global_mean(self.body(x))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
+
+    def mixed_features(self, inside: Tensor, outside: Tensor, lam: float, layer: int) -> Tensor:
+        """Features [2B, D] of ``inside`` and of the mixture lam inside + (1 - lam) outside, in one batch.
+
+        They are mixed in the input (``layer`` 0) or behind stage 1 or 2, up to where the outliers go along
+        with the ID images (OpenMix's manifold variant).
+        """
+        cut = (0, *self.cuts)[layer]
+        both = torch.cat([inside, outside])
+        inside, outside = self.body[:cut](both).chunk(2)
+        return _global_mean(self.body[cut:](torch.cat([inside, lam * inside + (1 - lam) * outside])))
 
 
 def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
@@ -41,6 +54,7 @@ class Small(Net):
     def __init__(self, classes: int, widths: tuple[int, int, int] = (32, 64, 128)) -> None:
         super().__init__()
         layers: list[nn.Module] = []
+        ends = []
         inputs = 3
         for width, convs in zip(widths, (1, 2, 2), strict=True):
             for i in range(convs):
@@ -49,12 +63,11 @@ class Small(Net):
                     layers.append(nn.MaxPool2d(2))
                 layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
                 inputs = width
+            ends.append(len(layers))
         self.body = nn.Sequential(*layers)
+        self.cuts = (ends[0], ends[1])
         self.feature_dim = inputs
         self.head = nn.Linear(inputs, classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        return _global_mean(self.body(x))
 
 
 class _WideBlock(nn.Module):
@@ -85,12 +98,10 @@ class WideResNet(Net):
                 blocks.append(_WideBlock(inputs, width * widen, stride if i == 0 else 1, dropout))
                 inputs = width * widen
         self.body = nn.Sequential(_conv(3, 16), *blocks, nn.BatchNorm2d(inputs), nn.ReLU(inplace=True))
+        self.cuts = (1 + len(blocks) // 3, 1 + 2 * len(blocks) // 3)
         self.dropout = dropout
         self.feature_dim = inputs
         self.head = nn.Linear(inputs, classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        return _global_mean(self.body(x))
 
 
 class _BasicBlock(nn.Module):
@@ -118,11 +129,9 @@ class ResNet18(Net):
             layers += [_BasicBlock(inputs, width, stride), _BasicBlock(width, width, 1)]
             inputs = width
         self.body = nn.Sequential(*layers)
+        self.cuts = (5, 7)
         self.feature_dim = inputs
         self.head = nn.Linear(inputs, classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        return _global_mean(self.body(x))
 
 
 class _DenseLayer(nn.Module):
@@ -144,20 +153,20 @@ class DenseNetBC(Net):
         super().__init__()
         inputs = 2 * growth
         layers: list[nn.Module] = [_conv(3, inputs)]
+        ends = []
         for block in range(3):
             if block:
                 layers += [nn.BatchNorm2d(inputs), nn.ReLU(inplace=True), _conv(inputs, inputs // 2, 1)]
                 layers.append(nn.AvgPool2d(2))
                 inputs //= 2
+                ends.append(len(layers))
             for _ in range((depth - 4) // 6):
                 layers.append(_DenseLayer(inputs, growth))
                 inputs += growth
         self.body = nn.Sequential(*layers, nn.BatchNorm2d(inputs), nn.ReLU(inplace=True))
+        self.cuts = (ends[0], ends[1])
         self.feature_dim = inputs
         self.head = nn.Linear(inputs, classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        return _global_mean(self.body(x))
 
 
 _MAKERS: dict[str, Callable[[int], Net]] = {

@@ -1,4 +1,4 @@
-"""Pre-training on ID, the joint step of the game, and outlier-exposure fine-tuning."""
+"""What every training loop here shares, and the joint step of the game; the loop of all methods is in fit.py."""
 
 import math
 import time
@@ -14,8 +14,7 @@ from miner.errors import MinerError
 from trainers.checkpoint import load_checkpoint as load_checkpoint
 from trainers.checkpoint import load_net as load_net
 from trainers.checkpoint import save_checkpoint as save_checkpoint
-from trainers.config import FineTuneConfig, PretrainConfig
-from trainers.data import IdSet, augment, normalise, tensor
+from trainers.data import normalise, tensor
 
 Progress = Callable[[dict], None]
 
@@ -54,13 +53,16 @@ def predict(net: nn.Module, images: Tensor, batch: int = 1000) -> Tensor:
     return torch.cat(logits)
 
 
-def accuracy(net: nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
-    """Share in [0, 1] of uint8 images [n, S, S, 3] whose largest logit is the label's (eval mode)."""
-    guesses = predict(net, tensor(images)).argmax(dim=1).cpu().numpy()
+def accuracy(net: nn.Module, images: np.ndarray, labels: np.ndarray, classes: int | None = None) -> float:
+    """Share in [0, 1] of uint8 images [n, S, S, 3] whose largest logit is the label's (eval mode).
+
+    Only the first ``classes`` logits count, where a reject class follows them.
+    """
+    guesses = predict(net, tensor(images))[:, :classes].argmax(dim=1).cpu().numpy()
     return float((guesses == labels).mean())
 
 
-def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, where: str) -> float:
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, where: str) -> float:
     """One step down ``loss``; returns its value. Raises MinerError, changing nothing, if it is not finite."""
     value = loss.item()
     if not math.isfinite(value):
@@ -92,19 +94,29 @@ def joint_step(
     cross_entropy = F.cross_entropy(logits[: len(id_images)], id_labels)
     losses = uniformity(logits[len(id_images) :])
     weighted = losses if factors is None else factors * losses
-    _descend(optimizer, cross_entropy + alpha * weighted.mean(), "joint step")
+    descend(optimizer, cross_entropy + alpha * weighted.mean(), "joint step")
     return cross_entropy.item(), losses.detach()
 
 
 @contextmanager
-def _own_randomness(seed: int, device: torch.device) -> Iterator[torch.Generator]:
+def own_randomness(seed: int, device: torch.device) -> Iterator[torch.Generator]:
     """A CPU generator for order and augmentation; dropout's global generator is seeded and put back after."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield torch.Generator().manual_seed(seed)
 
 
-class _Meter:
+def cycle(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index batches of exactly ``size`` without end, cut from one permutation of ``n`` after another."""
+    rows = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(rows) < size:
+            rows = torch.cat([rows, torch.randperm(n, generator=generator)])
+        yield rows[:size]
+        rows = rows[size:]
+
+
+class Meter:
     """Reports about once a second: images/s, epoch, mean loss since the last report, seconds left."""
 
     def __init__(self, phase: str, epochs: int, steps: int, on_progress: Progress) -> None:
@@ -112,8 +124,15 @@ class _Meter:
         self.start = self.last = time.monotonic()
         self.images = self.count = 0
         self.loss = 0.0
+        self.first = steps
+
+    def seconds(self) -> float:
+        """Since the meter was made."""
+        return time.monotonic() - self.start
 
     def add(self, step: int, images: int, loss: float) -> None:
+        """Step ``step`` (from 0) is done; a run that goes on counts from the step it went on at."""
+        self.first = min(self.first, step)
         self.images, self.count, self.loss = self.images + images, self.count + 1, self.loss + loss
         now = time.monotonic()
         if now - self.last < 1.0 and step + 1 < self.steps:
@@ -127,25 +146,13 @@ class _Meter:
                 "steps": self.steps,
                 "loss": self.loss / self.count,
                 "images_per_s": self.images / max(now - self.last, 1e-9),
-                "seconds_left": (now - self.start) / (step + 1) * (self.steps - step - 1),
+                "seconds_left": (now - self.start) / (step + 1 - self.first) * (self.steps - step - 1),
             }
         )
         self.last, self.images, self.count, self.loss = now, 0, 0, 0.0
 
 
-def _sgd(net: nn.Module, lr: float, weight_decay: float) -> torch.optim.SGD:
-    return torch.optim.SGD(net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
-
-
-def _set_lr(optimizer: torch.optim.Optimizer, peak: float, done: float, warmup: float) -> None:
-    """Linear from 0 to ``peak`` while ``done`` (share of all steps) is below ``warmup``, then cosine to 0."""
-    rest = (done - warmup) / (1 - warmup)
-    lr = peak * (done / warmup if done < warmup else (1 + math.cos(math.pi * rest)) / 2)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def _batches(n: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+def batches(n: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Index batches: a fresh permutation of ``n`` each epoch, its incomplete last batch dropped."""
     size = min(size, n)
     for _ in range(epochs):
@@ -153,92 +160,11 @@ def _batches(n: int, size: int, epochs: int, generator: torch.Generator) -> Iter
         yield from order[: n // size * size].split(size)
 
 
-def pretrain(
-    net: nn.Module,
-    id_set: IdSet,
-    config: PretrainConfig,
-    seed: int,
-    device: torch.device,
-    on_progress: Progress,
-) -> dict:
-    """Train ``net`` in place on ``id_set``; returns test accuracy, train_loss (last epoch), images, seconds.
-
-    Bit-identical for the same seed, thread count and machine (on CUDA up to its own kernels' order).
-    Raises MinerError naming epoch and step when the loss is not finite.
-    """
-    place(net, device).train()
-    images, labels = tensor(id_set.train_images), tensor(id_set.train_labels)
-    images, labels = images.to(device), labels.to(device)
-    per_epoch = max(1, len(images) // config.batch)
-    steps = per_epoch * config.epochs
-    optimizer = _sgd(net, config.lr, config.weight_decay)
-    meter = _Meter("pretrain", config.epochs, steps, on_progress)
-    recent: list[float] = []
-    with _own_randomness(seed, device) as generator:
-        for step, rows in enumerate(_batches(len(images), config.batch, config.epochs, generator)):
-            _set_lr(optimizer, config.lr, (step + 1) / steps, config.warmup)
-            rows = rows.to(device)
-            x = normalise(augment(images[rows], generator, id_set.flip))
-            with autocast(device):
-                logits = net(x)
-            loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=config.label_smoothing)
-            where = f"pre-training, epoch {step // per_epoch + 1}, step {step % per_epoch + 1}"
-            value = _descend(optimizer, loss, where)
-            recent = [*recent, value][-per_epoch:]
-            meter.add(step, len(rows), value)
-    result = {"accuracy": accuracy(net, id_set.test_images, id_set.test_labels)}
-    return result | {
-        "train_loss": sum(recent) / len(recent),
-        "images": steps * min(config.batch, len(images)),
-        "seconds": time.monotonic() - meter.start,
-    }
-
-
-def fine_tune(
-    net: nn.Module,
-    id_set: IdSet,
-    outliers: np.ndarray,
-    config: FineTuneConfig,
-    seed: int,
-    device: torch.device,
-    on_progress: Progress,
-) -> dict:
-    """Outlier exposure of ``net``, in place, to ``outliers`` uint8 [m, S, S, 3]; returns accuracy, seconds.
-
-    Every step sees ``batch`` ID images and as many outliers, both augmented, in one train-mode forward. The
-    outliers are reshuffled and cycled when a run needs more than m. Raises MinerError when there are none,
-    when their size is not that of the ID images, and when the loss is not finite.
-    """
-    if len(outliers) == 0 or outliers.shape[1:] != id_set.train_images.shape[1:]:
-        raise MinerError(
-            f"fine-tuning: outliers {list(outliers.shape)}, ID images {list(id_set.train_images.shape)}; "
-            "some of the same size are needed"
-        )
-    place(net, device).train()
-    images, labels = tensor(id_set.train_images), tensor(id_set.train_labels)
-    images, labels, pool = images.to(device), labels.to(device), tensor(outliers).to(device)
-    batch = min(config.batch, len(images))
-    steps = len(images) // batch * config.epochs
-    optimizer = _sgd(net, config.lr, config.weight_decay)
-    meter = _Meter("fine-tune", config.epochs, steps, on_progress)
-    with _own_randomness(seed, device) as generator:
-        id_rows = _batches(len(images), batch, config.epochs, generator)
-        for step, (rows, others) in enumerate(zip(id_rows, _cycle(len(pool), batch, generator), strict=False)):
-            _set_lr(optimizer, config.lr, step / steps, warmup=0.0)
-            rows, others = rows.to(device), others.to(device)
-            x = normalise(augment(images[rows], generator, id_set.flip))
-            o = normalise(augment(pool[others], generator, id_set.flip))
-            loss, losses = joint_step(net, optimizer, x, labels[rows], o, None, config.alpha)
-            meter.add(step, 2 * batch, loss + config.alpha * losses.mean().item())
-    score = accuracy(net, id_set.test_images, id_set.test_labels)
-    return {"accuracy": score, "seconds": time.monotonic() - meter.start}
-
-
-def _cycle(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index batches of exactly ``size`` without end, cut from one permutation of ``n`` after another."""
-    rows = torch.empty(0, dtype=torch.int64)
-    while True:
-        while len(rows) < size:
-            rows = torch.cat([rows, torch.randperm(n, generator=generator)])
-        yield rows[:size]
-        rows = rows[size:]
+def set_lr(
+    optimizer: torch.optim.Optimizer, peak: float, done: float, warmup: float = 0.0, lowest: float = 0.0
+) -> None:
+    """Linear from 0 to ``peak`` while ``done`` (share of all steps) is below ``warmup``, then cosine to ``lowest``."""
+    rest = (done - warmup) / (1 - warmup)
+    cosine = lowest + (peak - lowest) * (1 + math.cos(math.pi * rest)) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = peak * done / warmup if done < warmup else cosine

@@ -1,0 +1,212 @@
+"""The training job behind ``pipelines.train``: open the data, refuse leaks, train with resume, save."""
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from miner.errors import UsageError
+from miner.files import atomic
+from miner.progress import Display
+from miner.run_dir import RunDir, write_file, write_json
+from trainers import models
+from trainers.checkpoint import load_net, save_checkpoint
+from trainers.config import TrainConfig
+from trainers.data import IdSet, load_id
+from trainers.fit import World, fit, mean_energies
+from trainers.sets import ImageSet, open_images, record, refuse_overlap
+from trainers.splits import hold_out, long_tail, parse_hold_out
+
+STATE = "state.safetensors"
+
+
+def id_set_of(spec: str, size: int, held_out: tuple[int, ...] | str = "", tail: float | None = None) -> tuple[Any, ...]:
+    """(IdSet, its held-out test images or None, the held-out labels) as ``--id``, ``--hold-out``, ``--long-tail`` say."""
+    id_set, held = load_id(spec, size), None
+    labels: tuple[int, ...] = ()
+    if held_out:
+        labels = parse_hold_out(held_out, id_set) if isinstance(held_out, str) else held_out
+        id_set, held = hold_out(id_set, labels)
+    return (long_tail(id_set, tail) if tail else id_set), held, labels
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train as ``config`` says and return the summary; the run directory is ``config.run_dir``."""
+    if config.workers > 1:
+        from trainers.workers import train_together
+
+        return train_together(config)
+    return Training(config, World()).run()
+
+
+class Training:
+    """One run in one process; of several that train together, the first one writes and speaks."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.chief = world.rank == 0
+        self.dir = RunDir(config.run_dir, unit="epoch")
+        self.threads = config.threads or max(1, ((os.cpu_count() or 2) - 1) // world.size)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def run(self) -> dict[str, Any]:
+        """Data, net, training, files. Raises MinerError, one line, for whatever the user can mend."""
+        config = self.config
+        torch.set_num_threads(self.threads)
+        torch.backends.cudnn.deterministic = True
+        self.id_set, held, self.held_labels = id_set_of(config.id, config.size, config.hold_out, config.long_tail)
+        self.outliers = self.open_outliers(held)
+        self.net, made_from = self.open_net()
+        with Display() as self.display:
+            first = self.begin()
+            self.tell_outliers()
+            result = self.fit(first)
+            if self.chief:
+                self.save(result, made_from)
+        return result
+
+    # --- before --------------------------------------------------------------------------------------------------
+
+    def open_outliers(self, held: ImageSet | None) -> ImageSet | None:
+        """The background images; refused when the ID test set, held-out classes or an OOD test set has some of them."""
+        spec = self.config.background
+        if spec is None:
+            return None
+        sets = open_images(spec, self.config.size, self.config.seed)
+        if len(sets) > 1:
+            raise UsageError(f"--outliers {spec}: holds {len(sets)} sets of images; name one")
+        tests = {"the ID test set": ImageSet("ID test", (self.id_set.test_images,))}
+        if held is not None:
+            tests["the held-out classes"] = held
+        for name in self.config.ood:
+            for found in open_images(name, self.config.size, self.config.seed):
+                tests[f"OOD set {found.name}"] = found
+        refuse_overlap(sets[0], tests, self.config.allow_overlap)
+        return sets[0]
+
+    def open_net(self) -> tuple[models.Net, dict[str, Any]]:
+        """A fresh net, or that of --checkpoint, and where it comes from."""
+        config, classes, reject = self.config, self.id_set.classes, self.config.recipe.objective.reject
+        if config.checkpoint is None:
+            return models.create(config.model, len(classes) + reject, config.seed), {}
+        net, meta = load_net(config.checkpoint, config.model, classes, reject, config.seed)
+        return net, {"checkpoint": str(config.checkpoint), "checkpoint_accuracy": meta.get("accuracy")}
+
+    def begin(self) -> int:
+        """Open the run directory; returns how many epochs are done."""
+        outliers = None if self.outliers is None else self.outliers.origin.get("fingerprint")
+        facts = {"id_fingerprint": self.id_set.fingerprint, "outliers_fingerprint": outliers}
+        settings = self.config.settings() | {"threads": self.threads} | facts
+        if self.chief:
+            first = self.dir.begin(settings, self.config.resume)
+            if self.outliers is not None:
+                with atomic(str(self.dir.path / "outliers.parquet")) as sink:
+                    pq.write_table(record(self.outliers), sink, compression="zstd")
+        else:
+            first = max(self.dir.committed(), default=-1) + 1
+        return first
+
+    def tell_outliers(self) -> None:
+        """Say how often outliers repeat, and where energies stand against the margins asked for."""
+        recipe, outliers = self.config.recipe, self.outliers
+        if outliers is None or not self.chief:
+            return
+        used = min(len(outliers), recipe.outlier_budget or len(outliers))
+        wanted = len(self.id_set.train_images) // min(recipe.batch, len(self.id_set.train_images))
+        wanted *= recipe.batch_outliers
+        self.display.say(f"outliers: {outliers.name}, {used:,} images; an epoch takes {wanted:,}")
+        if used < recipe.batch_outliers:
+            self.display.say(f"outliers: fewer than a batch of {recipe.batch_outliers}: each batch repeats some")
+        elif used < wanted:
+            self.display.say(f"outliers: cycled, each is seen about {wanted / used:.0f} times an epoch")
+        goal = recipe.objective
+        if goal.energy and not self.dir.committed():
+            inside, outside = mean_energies(self.net.to(self.device), self.id_set, outliers, self.config.seed)
+            self.display.say(f"mean energy: ID {inside:.2f}, outliers {outside:.2f}; margins {goal.m_in}, {goal.m_out}")
+            if goal.m_in < inside - 10 or goal.m_out > outside + 10:
+                self.display.say("warning: a margin lies more than 10 beyond these energies; see --m-in and --m-out")
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def fit(self, first: int) -> dict[str, Any]:
+        """Train the epochs that are missing; returns what ``trainers.fit.fit`` does and the last epoch's terms."""
+        resume = None
+        if first:
+            resume = (first, (self.dir.verified(first - 1) / STATE).read_bytes())
+            if self.chief:
+                self.display.say(f"going on after epoch {first}")
+        self.writer = SummaryWriter(str(self.dir.path / "tensorboard"), purge_step=first) if self.chief else None
+        self.shown = -1
+        result = fit(
+            self.net,
+            self.id_set,
+            self.outliers,
+            self.config.recipe,
+            self.config.seed,
+            self.device,
+            self.progress,
+            resume=resume,
+            on_epoch=self.commit if self.chief else None,
+            world=self.world,
+        )
+        if self.writer:
+            self.writer.close()
+        last = {} if not self.chief else self.dir.metrics()[-1]
+        return result | {"loss": last.get("loss"), "terms": last}
+
+    def progress(self, told: dict[str, Any]) -> None:
+        """Move the bar."""
+        if not self.chief:
+            return
+        if self.shown < 0:
+            self.shown = told["step"] - 1
+            self.display.phase("train", told["steps"])
+            self.display.advance(self.shown, "steps")
+        self.display.advance(
+            told["step"] - self.shown, "steps", f"epoch {told['epoch']}/{told['epochs']}, loss {told['loss']:.3f}"
+        )
+        self.shown = told["step"]
+
+    def commit(self, epoch: int, state: bytes, means: dict[str, Any]) -> None:
+        """An epoch is over: log, keep its state, and only then call it done."""
+        self.dir.log({"epoch": epoch - 1, **means})
+        write_file(self.dir.round(epoch - 1) / STATE, state)
+        self.dir.commit(epoch - 1)
+        for name, value in means.items():
+            if self.writer:
+                self.writer.add_scalar(f"train/{name}", value, epoch)
+
+    # --- after ---------------------------------------------------------------------------------------------------
+
+    def save(self, result: dict[str, Any], made_from: dict[str, Any]) -> None:
+        """checkpoint.safetensors, with the outliers' fingerprint inside, and summary.json."""
+        config, id_set = self.config, self.id_set
+        origin = None
+        if self.outliers is not None:
+            origin = self.outliers.origin | {"name": self.outliers.name, "count": len(self.outliers)}
+        meta = {
+            "model": config.model,
+            "classes": list(id_set.classes),
+            "reject": config.recipe.objective.reject,
+            "method": config.method,
+            "preset": config.preset,
+            "recipe": asdict(config.recipe),
+            "id": config.id,
+            "id_fingerprint": id_set.fingerprint,
+            "size": config.size,
+            "hold_out": list(self.held_labels),
+            "long_tail": config.long_tail,
+            "outliers": origin,
+            "seed": config.seed,
+            "accuracy": result["accuracy"],
+            **made_from,
+        }
+        save_checkpoint(self.dir.path / "checkpoint.safetensors", self.net, meta)
+        result |= {"images_per_step": config.recipe.images_per_step, "threads": self.threads, "workers": self.world.size}
+        write_json(self.dir.path / "summary.json", json.loads(json.dumps(meta | result)))
