@@ -42,7 +42,7 @@ from miner.weights import TABLE, load_weights
 from trainers.actor import Trainer
 from trainers.checkpoint import load_net, save_checkpoint
 from trainers.data import load_id
-from trainers.train import PretrainConfig
+from trainers.config import PretrainConfig
 
 COUNTS = (500, 502, 498)  # images a shard; the second holds a repeated and a broken one
 TWIN, BROKEN = 300, 301

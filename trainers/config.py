@@ -130,7 +130,7 @@ class TrainConfig:
         if not self.recipe.objective.outliers:
             return None
         if self.outliers is None and self.id != "demo":
-            raise UsageError(f"--method {self.method}: needs background images; name a subset or a pool with --outliers")
+            raise UsageError(f"--method {self.method}: needs background images; name some with --outliers")
         return self.outliers or "demo-pool"
 
     def settings(self) -> dict[str, Any]:

@@ -1,28 +1,19 @@
-"""ID sets (folders of tars, torchvision names, the demo), and whole-batch augmentation of uint8 images."""
+"""ID sets (folders of tars or images, torchvision names, the demo), and whole-batch augmentation of uint8 images."""
 
-import gzip
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
-from PIL import Image
 from torch import Tensor
 
-from miner.errors import MinerError, UsageError, disk_full
-from miner.files import read_ranges
+from miner.errors import MinerError, UsageError
 from miner.images import decode
-from miner.tars import read_samples
+from trainers.read import ID_TORCHVISION, Half, image_files, read_image, tar_files, tar_images, torchvision_set
 
 PADDING = 4
 NEVER_MIRRORED = ("mnist", "svhn", "demo")  # a mirrored digit is no digit (paper's recipe)
@@ -45,30 +36,35 @@ class IdSet:
     fingerprint: str
 
 
-Half = tuple[np.ndarray, np.ndarray]
-
-
 def load_id(spec: str, size: int = 32) -> IdSet:
-    """Load the ID set ``spec`` at ``size`` px: a folder of tars, a torchvision name, or "demo".
+    """Load the ID set ``spec`` at ``size`` px: a folder of tars or of images, a torchvision name, or "demo".
 
     A folder holds train-*.tar and test-*.tar (or .tar.gz; images with .cls labels) and classes.json, a list
-    of names or of objects with a "name". Raises MinerError naming what is missing or cannot be read, and
+    of names or of objects with a "name"; or train/CLASS/ and test/CLASS/ with jpg, png and webp images, where the
+    sorted folder names are the classes. Raises MinerError naming what is missing or cannot be read, and
     UsageError for a ``spec`` that is neither a folder nor a known name.
     """
     if spec == "demo":
         classes, train, test = _load_demo(size)
-    elif spec in _TORCHVISION:
-        classes, train, test = _load_torchvision(spec, size)
+    elif spec in ID_TORCHVISION:
+        (classes, train), (_, test) = (torchvision_set(spec, half, size) for half in (True, False))
     elif os.path.isdir(spec):
-        classes, train, test = _load_folder(Path(spec), size)
+        folder = Path(spec)
+        images = (folder / "train").is_dir() and not tar_files(folder, "train-*")
+        classes, train, test = _load_images(folder, size) if images else _load_folder(folder, size)
     else:
-        known = ", ".join(_TORCHVISION)
-        raise UsageError(f"ID set {spec!r}: no such folder; give a folder of tars, demo, or one of {known}")
+        known = ", ".join(ID_TORCHVISION)
+        raise UsageError(f"ID set {spec!r}: no such folder; give a folder of tars or images, demo, or one of {known}")
     name = Path(spec).resolve().name if os.path.isdir(spec) else spec
+    return make_id_set(name, classes, train, test, flip=name not in NEVER_MIRRORED)
+
+
+def make_id_set(name: str, classes: tuple[str, ...], train: Half, test: Half, flip: bool) -> IdSet:
+    """An ID set of these halves (images, labels), with its fingerprint."""
     digest = hashlib.blake2b(digest_size=16)
     for array in (*train, *test):
         digest.update(np.ascontiguousarray(array).data)
-    return IdSet(name, classes, *train, *test, name not in NEVER_MIRRORED, digest.hexdigest())
+    return IdSet(name, classes, *train, *test, flip, digest.hexdigest())
 
 
 def tensor(array: np.ndarray) -> Tensor:
@@ -118,9 +114,7 @@ def _read_classes(path: Path) -> tuple[str, ...]:
 
 
 def _load_split(folder: Path, split: str, size: int, classes: int) -> Half:
-    tars = sorted({*folder.glob(f"{split}-*.tar"), *folder.glob(f"{split}-*.tar.gz")})
-    unpacked = {path.with_suffix("") for path in tars if path.suffix == ".gz"} & set(tars)
-    tars = [path for path in tars if path.suffix != ".gz" or path.with_suffix("") not in unpacked]
+    tars = tar_files(folder, f"{split}-*")
     if not tars:
         raise MinerError(f"{folder}: no {split}-*.tar or {split}-*.tar.gz in it; an ID set needs train and test tars")
     halves = [_load_tar(path, size, classes) for path in tars]
@@ -128,40 +122,51 @@ def _load_split(folder: Path, split: str, size: int, classes: int) -> Half:
 
 
 def _load_tar(path: Path, size: int, classes: int) -> Half:
-    """Images and labels of one tar in its order; a .tar.gz is unpacked into the temporary folder first."""
-    if path.suffix != ".gz":
-        return _decode_tar(path, path, size, classes)
-    with tempfile.NamedTemporaryFile(suffix=".tar") as plain:
-        try:
-            with gzip.open(path) as packed:
-                shutil.copyfileobj(packed, plain)
-            plain.flush()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise MinerError(f"{path}: broken gzip ({error}); fetch it again") from None
-        except OSError as error:
-            raise disk_full(error, plain.name) or error from None
-        return _decode_tar(Path(plain.name), path, size, classes)
-
-
-def _decode_tar(tar: Path, source: Path, size: int, classes: int) -> Half:
-    """Images and labels of the plain tar ``tar``; errors name ``source``, the file that the user knows."""
-    try:
-        samples = read_samples(tar)
-    except MinerError as error:
-        raise MinerError(str(error).replace(str(tar), str(source))) from None
-    images = np.empty((len(samples), size, size, 3), np.uint8)
-    labels = np.empty(len(samples), np.int64)
-    encoded = read_ranges(str(tar), [(sample.offset, sample.size) for sample in samples])
-    for row, (sample, data) in enumerate(zip(samples, encoded, strict=True)):
+    """Images and labels of one tar in its order."""
+    images, labels = [], []
+    for sample, data in tar_images(path):
         if sample.label is None or not 0 <= sample.label < classes:
             wrong = "no .cls label" if sample.label is None else f"label {sample.label}"
-            raise MinerError(f"{source}: {sample.key}: {wrong}; classes.json has labels 0 to {classes - 1}")
-        try:
-            images[row] = decode(data, size)
-        except ValueError as error:
-            raise MinerError(f"{source}: {sample.key}: does not decode ({error}); remove this image") from None
-        labels[row] = sample.label
-    return images, labels
+            raise MinerError(f"{path}: {sample.key}: {wrong}; classes.json has labels 0 to {classes - 1}")
+        images.append(_decode(data, size, f"{path}: {sample.key}"))
+        labels.append(sample.label)
+    return np.stack(images), np.array(labels, np.int64)
+
+
+def _decode(data: bytes, size: int, where: str) -> np.ndarray:
+    try:
+        return decode(data, size)
+    except ValueError as error:
+        raise MinerError(f"{where}: does not decode ({error}); remove this image") from None
+
+
+def _load_images(folder: Path, size: int) -> tuple[tuple[str, ...], Half, Half]:
+    """Image folders train/CLASS and test/CLASS, the images of a class in the order of their paths."""
+    if not (folder / "test").is_dir():
+        raise MinerError(f"{folder}: no test folder beside train; an ID set needs train/CLASS/ and test/CLASS/")
+    names = [sorted(_folders(folder / split)) for split in ("train", "test")]
+    if names[0] != names[1]:
+        only = sorted(set(names[0]) ^ set(names[1]))[0]
+        raise MinerError(f"{folder}: class {only!r} is in one of train and test only; both need the same folders")
+    if len(names[0]) < 2:
+        raise MinerError(f"{folder}/train: {len(names[0])} class folders in it; an ID set needs two or more")
+    train, test = (_load_classes(folder / split, names[0], size) for split in ("train", "test"))
+    return tuple(names[0]), train, test
+
+
+def _folders(path: Path) -> list[str]:
+    return [entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def _load_classes(folder: Path, names: list[str], size: int) -> Half:
+    images, labels = [], []
+    for label, name in enumerate(names):
+        files = image_files(folder / name)
+        if not files:
+            raise MinerError(f"{folder / name}: no images in it; add some or remove this class from train and test")
+        images += [_decode(read_image(path), size, str(path)) for path in files]
+        labels += [label] * len(files)
+    return np.stack(images), np.array(labels, np.int64)
 
 
 def _load_demo(size: int) -> tuple[tuple[str, ...], Half, Half]:
@@ -169,50 +174,3 @@ def _load_demo(size: int) -> tuple[tuple[str, ...], Half, Half]:
 
     train_images, train_labels, test_images, test_labels, classes = digits(size)
     return tuple(classes), (train_images, train_labels), (test_images, test_labels)
-
-
-def _svhn(root: str, train: bool) -> Any:
-    return torchvision.datasets.SVHN(root, "train" if train else "test", download=True)
-
-
-def _torchvision(name: str) -> Callable[[str, bool], Any]:
-    return lambda root, train: getattr(torchvision.datasets, name)(root, train, download=True)
-
-
-_TORCHVISION: dict[str, Callable[[str, bool], Any]] = {
-    "cifar10": _torchvision("CIFAR10"),
-    "cifar100": _torchvision("CIFAR100"),
-    "svhn": _svhn,
-    "mnist": _torchvision("MNIST"),
-}
-
-
-def _load_torchvision(name: str, size: int) -> tuple[tuple[str, ...], Half, Half]:
-    """A set that torchvision downloads (and checks by its MD5) to $OUTLIER_DATASETS."""
-    root = os.path.expanduser(os.environ.get("OUTLIER_DATASETS", "~/.cache/outlier-miner/datasets"))
-    try:
-        sets = [_TORCHVISION[name](root, train) for train in (True, False)]
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # RuntimeError: no mirror answers, or a wrong MD5
-        reason = str(error).strip().splitlines()[0]
-        raise MinerError(
-            f"{root}: cannot download {name} ({reason}); put it there yourself, or give a folder of tars"
-        ) from None
-    classes = tuple(getattr(sets[0], "classes", None) or map(str, range(10)))
-    train, test = (_arrays(dataset, size) for dataset in sets)
-    return classes, train, test
-
-
-def _arrays(dataset: Any, size: int) -> Half:
-    images = np.asarray(dataset.data)
-    if images.ndim == 3:  # MNIST is grey
-        images = np.repeat(images[..., None], 3, axis=3)
-    elif images.shape[1] == 3:  # SVHN has its channels first
-        images = images.transpose(0, 2, 3, 1)
-    if images.shape[1] != size:
-        resized = (Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR) for image in images)
-        images = np.stack([np.asarray(image) for image in resized])
-    labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
-    return np.ascontiguousarray(images), np.asarray(labels, np.int64)

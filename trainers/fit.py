@@ -34,12 +34,23 @@ class World:
     rank: int = 0
     size: int = 1
 
+    def check(self, recipe: Recipe) -> None:
+        """Raise UsageError unless every process gets as many images of a batch as the others."""
+        outliers = recipe.batch_outliers if recipe.objective.outliers else 0
+        if recipe.batch % self.size or outliers % self.size:
+            more = f" and {outliers} outliers" if outliers else ""
+            raise UsageError(f"--workers {self.size}: must divide batch {recipe.batch}{more}")
+
     def mean(self, tensors: list[Tensor]) -> None:
         """Replace the tensors by their means over all processes, in one message."""
         if self.size == 1:
             return
         flat = torch.cat([t.reshape(-1).float() for t in tensors])
-        dist.all_reduce(flat)
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as error:  # the line was cut: nothing else fails here
+            first = str(error).strip().splitlines()[0]
+            raise MinerError(f"training: lost the other processes ({first}); run the same command again") from None
         for t, part in zip(tensors, (flat / self.size).split([t.numel() for t in tensors]), strict=True):
             t.copy_(part.view_as(t))
 
@@ -226,8 +237,7 @@ class Loop:
 
 
 def _check(id_set: IdSet, outliers: ImageSet | None, recipe: Recipe, world: World) -> None:
-    if recipe.batch % world.size or recipe.batch_outliers % world.size:
-        raise UsageError(f"workers {world.size}: must divide batch {recipe.batch} and {recipe.batch_outliers} outliers")
+    world.check(recipe)
     if not recipe.objective.outliers:
         return
     side = id_set.train_images.shape[1]

@@ -2,9 +2,7 @@
 
 import json
 import os
-import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -18,7 +16,7 @@ from miner.run_dir import RunDir, write_file, write_json
 from trainers import models
 from trainers.checkpoint import load_net, save_checkpoint
 from trainers.config import TrainConfig
-from trainers.data import IdSet, load_id
+from trainers.data import load_id
 from trainers.fit import World, fit, mean_energies
 from trainers.sets import ImageSet, open_images, record, refuse_overlap
 from trainers.splits import hold_out, long_tail, parse_hold_out
@@ -27,7 +25,7 @@ STATE = "state.safetensors"
 
 
 def id_set_of(spec: str, size: int, held_out: tuple[int, ...] | str = "", tail: float | None = None) -> tuple[Any, ...]:
-    """(IdSet, its held-out test images or None, the held-out labels) as ``--id``, ``--hold-out``, ``--long-tail`` say."""
+    """(IdSet, test images of its held-out classes or None, their labels), as the flags of ``pipelines.train`` say."""
     id_set, held = load_id(spec, size), None
     labels: tuple[int, ...] = ()
     if held_out:
@@ -48,8 +46,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 class Training:
     """One run in one process; of several that train together, the first one writes and speaks."""
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: TrainConfig, world: World, display: Display | None = None) -> None:
+        self.config, self.world, self.display = config, world, display or Display()
         self.chief = world.rank == 0
         self.dir = RunDir(config.run_dir, unit="epoch")
         self.threads = config.threads or max(1, ((os.cpu_count() or 2) - 1) // world.size)
@@ -57,25 +55,29 @@ class Training:
 
     def run(self) -> dict[str, Any]:
         """Data, net, training, files. Raises MinerError, one line, for whatever the user can mend."""
-        config = self.config
         torch.set_num_threads(self.threads)
         torch.backends.cudnn.deterministic = True
-        self.id_set, held, self.held_labels = id_set_of(config.id, config.size, config.hold_out, config.long_tail)
-        self.outliers = self.open_outliers(held)
-        self.net, made_from = self.open_net()
-        with Display() as self.display:
+        self.open()
+        with self.display:
             first = self.begin()
             self.tell_outliers()
             result = self.fit(first)
             if self.chief:
-                self.save(result, made_from)
+                self.save(result)
         return result
 
     # --- before --------------------------------------------------------------------------------------------------
 
-    def open_outliers(self, held: ImageSet | None) -> ImageSet | None:
+    def open(self) -> None:
+        """Read the data and the net, and refuse what no training should start from."""
+        config = self.config
+        spec = config.background  # before anything is loaded: it may be missing
+        self.id_set, held, self.held_labels = id_set_of(config.id, config.size, config.hold_out, config.long_tail)
+        self.outliers = self.open_outliers(spec, held)
+        self.net, self.made_from = self.open_net()
+
+    def open_outliers(self, spec: str | None, held: ImageSet | None) -> ImageSet | None:
         """The background images; refused when the ID test set, held-out classes or an OOD test set has some of them."""
-        spec = self.config.background
         if spec is None:
             return None
         sets = open_images(spec, self.config.size, self.config.seed)
@@ -184,7 +186,7 @@ class Training:
 
     # --- after ---------------------------------------------------------------------------------------------------
 
-    def save(self, result: dict[str, Any], made_from: dict[str, Any]) -> None:
+    def save(self, result: dict[str, Any]) -> None:
         """checkpoint.safetensors, with the outliers' fingerprint inside, and summary.json."""
         config, id_set = self.config, self.id_set
         origin = None
@@ -205,8 +207,12 @@ class Training:
             "outliers": origin,
             "seed": config.seed,
             "accuracy": result["accuracy"],
-            **made_from,
+            **self.made_from,
         }
         save_checkpoint(self.dir.path / "checkpoint.safetensors", self.net, meta)
-        result |= {"images_per_step": config.recipe.images_per_step, "threads": self.threads, "workers": self.world.size}
+        result |= {
+            "images_per_step": config.recipe.images_per_step,
+            "threads": self.threads,
+            "workers": self.world.size,
+        }
         write_json(self.dir.path / "summary.json", json.loads(json.dumps(meta | result)))

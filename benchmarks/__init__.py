@@ -1,0 +1,1 @@
+"""Long experiments whose figures stand in RESULTS.md; each file is a command."""
