@@ -213,10 +213,10 @@ class Tiny(models.Net):
         super().__init__()
         torch.manual_seed(0)
         self.feature_dim = 7
-        self.body, self.head = nn.Linear(48, 7), nn.Linear(7, 5)
+        self.first, self.head = nn.Linear(48, 7), nn.Linear(7, 5)
 
     def features(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.body(x.flatten(1)))
+        return torch.tanh(self.first(x.flatten(1)))
 
 
 @pytest.mark.parametrize(("temperature", "classes"), [(1.0, 5), (10.0, 5), (1000.0, 4)])
