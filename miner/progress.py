@@ -3,6 +3,7 @@
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -63,3 +64,19 @@ class Display:
     def say(self, text: str) -> None:
         """One line that stays."""
         self.console.print(text)
+
+
+class Steps:
+    """Turns the reports of a training loop (phase, step, steps, epoch, epochs, loss) into a bar of ``display``."""
+
+    def __init__(self, display: Display) -> None:
+        self.display = display
+        self.phase, self.step = "", 0
+
+    def __call__(self, told: dict[str, Any]) -> None:
+        if told["phase"] != self.phase:
+            self.phase, self.step = told["phase"], 0
+            self.display.phase(self.phase, told["steps"])
+        note = f"epoch {told['epoch']}/{told['epochs']}, loss {told['loss']:.3f}"
+        self.display.advance(told["step"] - self.step, "steps", note)
+        self.step = told["step"]

@@ -43,7 +43,7 @@ class World:
 
     def mean(self, tensors: list[Tensor]) -> None:
         """Replace the tensors by their means over all processes, in one message."""
-        if self.size == 1:
+        if self.size == 1 or not tensors:
             return
         flat = torch.cat([t.reshape(-1).float() for t in tensors])
         try:
