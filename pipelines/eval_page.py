@@ -236,7 +236,7 @@ def _curves(kind: Kind, title: str, lines: Sequence[Line]) -> str:
             axes.plot(*(100 * line.xy), dash, color=colour, linewidth=1.4, label=line.label)
         axes.set_xlabel(kind.xlabel)
         axes.set_ylabel(kind.ylabel)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # severities are whole numbers
+        axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))  # severities are whole numbers
         if kind.metric:
             axes.set_ylim(-3, 103)
         axes.grid(color=GREY, linewidth=0.5, alpha=0.5)

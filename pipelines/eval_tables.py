@@ -275,6 +275,8 @@ def report(results: Sequence[Evaluated], repeats: int) -> str:
 def about(result: Evaluated) -> list[str]:
     """Method, model, ID set, number of classes and outliers of a checkpoint, as it tells them."""
     meta = result.meta
-    outliers = meta.get("outliers") or {}
-    told = f"{outliers['name']}, {outliers['count']:,}" if {"name", "count"} <= outliers.keys() else "–"
+    outliers = meta.get("outliers", {})
+    told = "none" if outliers is None else "–"
+    if outliers:
+        told = f"{outliers.get('name', outliers.get('kind'))}, {outliers.get('count', 0):,}"
     return [str(meta.get("method", "–")), meta["model"], result.judged.id_name, str(len(meta["classes"])), told]

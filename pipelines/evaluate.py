@@ -149,8 +149,11 @@ def write(config: EvaluateConfig, results: "Sequence[Evaluated]") -> list[Path]:
 
 
 def parquet(config: EvaluateConfig, results: "Sequence[Evaluated]") -> bytes:
-    """Every figure: checkpoint, score, group, set, protocol, metric (strings), value (float64).
+    """Every figure: checkpoint, score, group, set, protocol, metric (strings), value (float64, in [0, 1] but for NLL,
+    Brier, the features' figures and what ends in _x1000).
 
+    Score "none": depends on none. Group: near, far, noise, id, corrupted-1 to -5, corrupted; set "mean": its mean.
+    Protocol: full, 1:5 (with <metric>_std, the spread of the draws), misclassification, rejection, features.
     The schema's metadata "outlier-miner" holds the settings and the checkpoints' own metadata as JSON.
     """
     import pyarrow as pa

@@ -24,7 +24,7 @@ from trainers.data import IdSet, normalise, tensor
 from trainers.models import Net
 from trainers.train import Meter, Progress, autocast, batches, cycle, descend, own_randomness, place, set_lr
 
-CANVAS = 32  # px; larger images are averaged down to it: the decoder stays under a million weights at any size
+CANVAS = 32  # px; larger images are averaged down to it: the decoder has about a million weights at any size
 # The squared error reaches the risk head as its mean in each of 8 x 8 cells and channel. Pixel by pixel, the head
 # learns the distortions' own patterns and takes glyphs, whose errors are as large, for normal.
 GRID = 8

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from concurrent.futures import Future
+from importlib import import_module
 from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
@@ -38,9 +39,9 @@ def train_together(config: TrainConfig) -> dict[str, Any]:
     Each takes one GPU where Ray sees any, else the threads of ``Training``. Starts a Ray of its own, and ends it,
     unless this process has one already. Raises UsageError for numbers that do not fit, and a worker's own MinerError.
     """
-    _prepare(config)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    _prepare(config)
     own = not ray.is_initialized()
     try:
         with TemporaryDirectory(prefix="outlier-miner-") as storage:
@@ -55,6 +56,11 @@ def _prepare(config: TrainConfig) -> None:
     """What would go wrong in a worker goes wrong here at once, and no two workers download or decode the same files."""
     world = World(0, config.workers)
     world.check(config.recipe)
+    try:
+        import_module("ray.train.torch")
+    except ImportError as error:
+        message = f"--workers {config.workers}: Ray Train is not complete ({error.__cause__ or error})"
+        raise MinerError(f"{message}; pip install 'ray[train]'") from None
     training = Training(config, world)
     training.open()
     training.begin()
@@ -85,19 +91,15 @@ def _supervise(config: TrainConfig, storage: str) -> None:
 
 
 def _trainer(config: TrainConfig, queue: Queue, gpu: bool, storage: str) -> Any:
-    try:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-    except ImportError as error:
-        message = f"--workers {config.workers}: Ray Train is not complete ({error.__cause__ or error})"
-        raise MinerError(f"{message}; pip install 'ray[train]'") from None
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    never = FailureConfig(max_failures=0, controller_failure_limit=0)  # type: ignore[call-arg]  # mypy sees Ray Train 1
     return TorchTrainer(
         work,
         train_loop_config={"config": config, "folder": os.getcwd(), "queue": queue},
         scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=gpu),
-        run_config=RunConfig(
-            storage_path=storage, failure_config=FailureConfig(max_failures=0, controller_failure_limit=0)
-        ),
+        run_config=RunConfig(storage_path=storage, failure_config=never),
     )
 
 
