@@ -102,7 +102,7 @@ class Mining:
             blob = ray.put(pack(net))
             get([trainer.set_state.remote(blob) for trainer in trainers])
         if not path.exists():
-            facts = {"id": self.id_set.name, "id_fingerprint": self.id_set.fingerprint}
+            facts = {"id": data.id, "size": data.size, "id_fingerprint": self.id_set.fingerprint}
             save_checkpoint(path, net, meta | facts | {"model": data.model, "classes": list(self.id_set.classes)})
         accuracy = meta.get("accuracy")
         known = "accuracy unknown" if accuracy is None else f"{accuracy:.1%} of the ID test images right"

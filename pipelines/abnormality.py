@@ -64,9 +64,7 @@ def main() -> None:
         outliers = images.take(range(len(images)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Display() as display:
-        module, report = train_abnormality(
-            net, id_set, config.training, config.seed, device, Steps(display), outliers
-        )
+        module, report = train_abnormality(net, id_set, config.training, config.seed, device, Steps(display), outliers)
     folder = config.checkpoint if config.checkpoint.is_dir() else config.checkpoint.parent
     path = config.out or folder / DEFAULT
     facts = {"id": spec, "outliers": config.outliers, "seed": config.seed}

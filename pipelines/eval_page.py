@@ -244,7 +244,7 @@ def _curves(kind: Kind, title: str, lines: Sequence[Line]) -> str:
         figure: Any = axes.figure
         figure.legend(loc="outside lower center", ncols=1 if longest > 32 else 2, fontsize=8, handlelength=2.2)
 
-    return paper._plot(title, 3.1 + 0.085 * len(lines), draw)
+    return paper.plot(title, 3.1 + 0.085 * len(lines), draw)
 
 
 def _strips(result: Evaluated, score: str) -> str:
@@ -268,7 +268,7 @@ def _strips(result: Evaluated, score: str) -> str:
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(f"{score} (grey: {result.judged.id_name} test set)")
 
-    return paper._plot(f"Histograms of {score}, and AUROC", 0.8 + 0.4 * len(sets), draw)
+    return paper.plot(f"Histograms of {score}, and AUROC", 0.8 + 0.4 * len(sets), draw)
 
 
 def _heights(values: np.ndarray, edges: np.ndarray) -> np.ndarray:

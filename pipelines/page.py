@@ -151,7 +151,7 @@ def histogram(weight: np.ndarray, chosen: np.ndarray, chosen_name: str) -> str:
         axes.legend(loc="upper right")
         _plain_ticks(axes, "both")
 
-    return _plot("Histogram of the weights", 3.1, draw)
+    return plot("Histogram of the weights", 3.1, draw)
 
 
 def ratio_bars(names: Sequence[str], ratio: np.ndarray, title: str) -> str:
@@ -170,7 +170,7 @@ def ratio_bars(names: Sequence[str], ratio: np.ndarray, title: str) -> str:
         _plain_ticks(axes, "x")
         _names(axes, names, places)
 
-    return _plot(title, _height(len(names)), draw)
+    return plot(title, _height(len(names)), draw)
 
 
 def share_bars(names: Sequence[str], pool: np.ndarray, subset: np.ndarray, subset_name: str, title: str) -> str:
@@ -184,7 +184,7 @@ def share_bars(names: Sequence[str], pool: np.ndarray, subset: np.ndarray, subse
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
         _names(axes, names, places)
 
-    return _plot(title, _height(len(names)), draw)
+    return plot(title, _height(len(names)), draw)
 
 
 def lines(x: Sequence[int], curves: dict[str, list[float]], ylabel: str, title: str) -> str:
@@ -202,10 +202,10 @@ def lines(x: Sequence[int], curves: dict[str, list[float]], ylabel: str, title: 
         if len(curves) > 1:
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
 
-    return _plot(title, 2.6, draw)
+    return plot(title, 2.6, draw)
 
 
-def _plot(title: str, height: float, draw: Any) -> str:
+def plot(title: str, height: float, draw: Any) -> str:
     """The SVG of one axes, in a figure element."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure

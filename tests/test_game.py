@@ -41,8 +41,8 @@ from miner.tars import TarWriter
 from miner.weights import TABLE, load_weights
 from trainers.actor import Trainer
 from trainers.checkpoint import load_net, save_checkpoint
-from trainers.data import load_id
 from trainers.config import PretrainConfig
+from trainers.data import load_id
 
 COUNTS = (500, 502, 498)  # images a shard; the second holds a repeated and a broken one
 TWIN, BROKEN = 300, 301

@@ -7,8 +7,7 @@ and what the decoder got wrong, how likely the image is a normal one. The classi
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +21,7 @@ from trainers.abnormality_config import AbnormalityConfig as AbnormalityConfig
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.data import IdSet, normalise, tensor
 from trainers.models import Net
-from trainers.train import Meter, Progress, autocast, batches, cycle, descend, own_randomness, place, set_lr
+from trainers.train import Meter, Progress, autocast, batches, cycle, descend, eval_mode, own_randomness, place, set_lr
 
 CANVAS = 32  # px; larger images are averaged down to it: the decoder has about a million weights at any size
 # The squared error reaches the risk head as its mean in each of 8 x 8 cells and channel. Pixel by pixel, the head
@@ -71,7 +70,7 @@ class Abnormality(nn.Module):
         _check_size("images", images, self.size)
         device = next(net.parameters()).device
         self.to(device)
-        with _frozen(net):
+        with eval_mode(net):
             odds = [self(*_trunk(net, part.to(device))) for part in tensor(np.ascontiguousarray(images)).split(batch)]
         return torch.cat(odds).double().sigmoid().cpu().numpy()
 
@@ -97,17 +96,6 @@ def _check_size(what: str, images: np.ndarray, size: int) -> None:
         raise MinerError(
             f"abnormality module: {what} {list(images.shape)}, ID images [*, {size}, {size}, 3]; resize to {size} px"
         )
-
-
-@contextmanager
-def _frozen(net: nn.Module) -> Iterator[None]:
-    """``net`` in eval mode, in which BatchNorm statistics stay; its own mode is put back."""
-    was_training = net.training
-    net.eval()
-    try:
-        yield
-    finally:
-        net.train(was_training)
 
 
 @torch.no_grad()
@@ -175,7 +163,7 @@ def train_abnormality(
         raise MinerError("abnormality module: 0 outliers; give some, or leave them out to distort ID images instead")
     place(net, device)
     start = time.monotonic()
-    with own_randomness(seed, device) as generator, _frozen(net):
+    with own_randomness(seed, device) as generator, eval_mode(net):
         module = Abnormality(net.feature_dim, net.head.out_features, size, digest(net)).to(device)
         training = _Training(net, module, id_set, outliers, config, generator, on_progress)
         decoder_loss = training.fit("decoder", config.decoder_epochs, module.decoder, training.decoder_loss)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torchvision
 from PIL import Image
 
 from miner.errors import MinerError, disk_full
@@ -106,17 +105,23 @@ def fit_all(images: np.ndarray, size: int) -> np.ndarray:
     return np.stack([fit(Image.fromarray(np.ascontiguousarray(image)), size) for image in images])
 
 
+def _datasets() -> Any:
+    from torchvision import datasets  # here: it takes seconds to import, and few commands need it
+
+    return datasets
+
+
 def _by_train(name: str) -> Callable[[str, bool], Any]:
-    return lambda root, train: getattr(torchvision.datasets, name)(root, train, download=True)
+    return lambda root, train: getattr(_datasets(), name)(root, train, download=True)
 
 
 def _by_split(name: str) -> Callable[[str, bool], Any]:
-    return lambda root, train: getattr(torchvision.datasets, name)(root, "train" if train else "test", download=True)
+    return lambda root, train: getattr(_datasets(), name)(root, "train" if train else "test", download=True)
 
 
 def _places365(root: str, train: bool) -> Any:
     split = "train-standard" if train else "val"  # no labels of its test split are public
-    return torchvision.datasets.Places365(f"{root}/places365", split, small=True, download=True)
+    return _datasets().Places365(f"{root}/places365", split, small=True, download=True)
 
 
 ID_TORCHVISION: dict[str, Callable[[str, bool], Any]] = {

@@ -5,7 +5,6 @@ before anything else is computed: a softmax over K + 1 outputs gives other value
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ from miner.errors import MinerError, UsageError
 from trainers.abnormality import Abnormality
 from trainers.data import normalise, tensor
 from trainers.models import Net
-from trainers.train import autocast
+from trainers.train import autocast, eval_mode
 
 NAMES = (
     "msp",
@@ -48,7 +47,7 @@ def outputs(net: Net, images: np.ndarray, batch: int = 1000) -> Outputs:
     are no images.
     """
     logits, features = [], []
-    with _eval_mode(net), torch.no_grad():
+    with eval_mode(net), torch.no_grad():
         for x in _batches(net, images, batch):
             trunk, head = _forward(net, x)
             features.append(trunk.cpu())
@@ -112,7 +111,7 @@ def odin(
     if not temperature > 0 or not epsilon >= 0:
         raise UsageError(f"odin temperature {temperature}, epsilon {epsilon}: above 0 and at least 0 are needed")
     confidence = []
-    with _eval_mode(net):
+    with eval_mode(net):
         for x in _batches(net, images, batch):
             if epsilon:
                 uphill = [rise(net, part, classes, temperature) for part in x.split(_BACKWARD)]
@@ -133,16 +132,6 @@ def rise(net: Net, x: Tensor, classes: int, temperature: float) -> Tensor:
         logits = net(x)[:, :classes] / temperature
         (gradient,) = torch.autograd.grad(logits.log_softmax(dim=1).amax(dim=1).sum(), x)
     return gradient.sign()
-
-
-@contextmanager
-def _eval_mode(net: Net) -> Iterator[None]:
-    was_training = net.training
-    net.eval()
-    try:
-        yield
-    finally:
-        net.train(was_training)
 
 
 def _batches(net: Net, images: np.ndarray, batch: int) -> Iterator[Tensor]:

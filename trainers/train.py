@@ -42,14 +42,22 @@ def uniformity(logits: Tensor) -> Tensor:
     return logits.logsumexp(dim=1) - logits.mean(dim=1) - math.log(logits.shape[1])
 
 
+@contextmanager
+def eval_mode(net: nn.Module) -> Iterator[None]:
+    """``net`` in eval mode (BatchNorm statistics stay, no dropout); its own mode is put back."""
+    was_training = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(was_training)
+
+
 def predict(net: nn.Module, images: Tensor, batch: int = 1000) -> Tensor:
     """Eval-mode logits float32 [n, K] on the net's device for uint8 images [n, S, S, 3] anywhere."""
     device = next(net.parameters()).device
-    was_training = net.training
-    net.eval()
-    with torch.no_grad(), autocast(device):
+    with eval_mode(net), torch.no_grad(), autocast(device):
         logits = [net(normalise(part.to(device))).float() for part in images.split(batch)]
-    net.train(was_training)
     return torch.cat(logits)
 
 
