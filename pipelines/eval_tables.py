@@ -136,7 +136,8 @@ def _detection(results: Sequence[Evaluated], scores: Sequence[str]) -> Table:
         [label, *(cell(r.value(score, group, name, FULL, m), m) for r, score in columns for m in TRIPLE)]
         for group, name, label in rows
     ]
-    title = f"OOD detection, {scores[0] if len(results) > 1 else results[0].name} (AUROC ↑, AUPR ↑, FPR95 ↓, in %)"
+    what = scores[0] if len(results) > 1 else results[0].name
+    title = f"OOD detection, {what} (in %: AUROC ↑; AUPR = aupr_ood ↑; FPR95 = fpr95_ood_detected ↓, ID flagged)"
     head = ["", *(r.name if len(results) > 1 else score for r, score in columns)]
     return Table(title, head, cells, _means(rows), ("AUROC", "AUPR", "FPR95"))
 
@@ -149,7 +150,8 @@ def errors(results: Sequence[Evaluated]) -> Table:
             label = f"{r.name}, {score}" if len(results) > 1 else score
             where = (score, ID, r.judged.id_name)
             rows.append([label, *(cell(r.value(*where, how, metric), metric) for _, how, metric in _ERRORS)])
-    title = f"Errors on the ID test set, {results[0].judged.id_name} (AURC and E-AURC × 1,000, the rest in %)"
+    name = results[0].judged.id_name
+    title = f"Errors on the ID test set, {name} (AURC × 1,000, the rest in %; FPR95 = fpr95_errors_accepted)"
     return Table(title, ["", *(name for name, _, _ in _ERRORS)], rows)
 
 

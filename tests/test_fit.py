@@ -15,13 +15,14 @@ import torch
 
 from miner import demo
 from miner.errors import MinerError, UsageError
+from pipelines.train import defaults
 from trainers import models
 from trainers.checkpoint import load_checkpoint, load_net, open_checkpoint, save_checkpoint
 from trainers.config import PretrainConfig, TrainConfig
 from trainers.data import IdSet, load_id
 from trainers.fit import Loop, World, fit, mean_energies, pretrain
 from trainers.image_set import ImageSet
-from trainers.recipes import METHODS, Objective, Recipe, default_recipe
+from trainers.recipes import METHODS, Objective, Recipe, default_recipe, preset
 from trainers.stream import Stream
 from trainers.train import predict, uniformity
 from trainers.training import train
@@ -331,3 +332,15 @@ def test_the_schedule_reaches_its_ends(digits, background):
     assert seen["cosine"][-1] == pytest.approx(1e-6)
     assert seen["cosine"][0] == pytest.approx(0.025)
     assert [seen["steps"][i] for i in (0, 10, 20)] == pytest.approx([0.1, 0.01, 0.001])
+
+
+def test_flags_start_from_the_method_or_the_preset():
+    tuned, scratch = (defaults(["--method", "openmix", *more]) for more in (["--checkpoint", "net.safetensors"], []))
+    assert tuned.recipe == default_recipe("openmix", scratch=False)
+    assert scratch.recipe == default_recipe("openmix", scratch=True) != tuned.recipe
+    paper = defaults(["--preset=oe-cifar-tune", "--seed", "3"])
+    assert (paper.method, paper.recipe) == ("oe", preset("oe-cifar-tune")[1])
+    assert paper.run_dir == Path("runs/oe-cifar-tune-demo-s0")
+    with pytest.raises(UsageError, match="is a recipe of --method openmix, not oe"):
+        defaults(["--preset", "openmix-cifar", "--method", "oe"])
+    assert defaults(["--method", "typo"]).method == "oe"  # and tyro refuses the word

@@ -27,6 +27,16 @@ FLAGS = {
     *(f"pretrain.{name}" for name in ("epochs", "batch", "lr", "warmup", "weight-decay", "label-smoothing")),
 }
 
+TRAIN_FLAGS = {
+    *("method", "preset", "id", "outliers", "ood", "allow-overlap", "long-tail", "hold-out", "size", "model"),
+    *("checkpoint", "seed", "threads", "workers", "out", "resume"),
+    *("epochs", "lr", "lr-min", "warmup", "milestones", "optimizer", "nesterov", "weight-decay", "label-smoothing"),
+    *("forward-mode", "reduction", "batch", "batch-outliers", "outlier-order", "outlier-budget"),
+    *("augment-id", "augment-outliers", "hard-from"),
+    *("mixer", "beta", "target", "ce", "expose", "entropy", "energy", "m-in", "m-out", "ring", "xi", "mix"),
+    *("consistency", "distance", "detach-target"),
+}
+
 
 def command(module: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run one of the project's commands in a process of its own."""
@@ -36,12 +46,15 @@ def command(module: str, *arguments: object, env: dict[str, str] | None = None) 
 
 @pytest.fixture(scope="module")
 def help_text() -> dict[str, str]:
-    return {name: command(name, "--help").stdout for name in ("resample", "shard", "report", "agree", "demo")}
+    names = ("resample", "shard", "report", "agree", "demo", "train", "evaluate", "abnormality")
+    return {name: command(name, "--help").stdout for name in names}
 
 
 def test_flags_are_frozen(help_text: dict[str, str]) -> None:
     found = set(re.findall(r"^[│ ]*--([a-z][a-z.-]*)", help_text["resample"], re.M))
     assert found == FLAGS
+    found = set(re.findall(r"^[│ ]*--([a-z][a-z.-]*)", help_text["train"], re.M))
+    assert found == TRAIN_FLAGS
     for group in ("data", "game", "selection", "machines", "output", "pretrain"):
         assert f"{group} options" in help_text["resample"]
 

@@ -82,7 +82,7 @@ def run(reduction, world):
     for name, part in list(net.body.named_children()):
         if isinstance(part, nn.BatchNorm2d):
             net.body[int(name)] = nn.Identity()
-    recipe = Recipe(METHODS["oe"], epochs=4, batch=64, batch_outliers=32, lr=0.02, reduction=reduction)
+    recipe = Recipe(METHODS["oe"], epochs=4, batch=64, batch_outliers=32, lr=0.1, reduction=reduction)
     found = []
     keep = lambda epoch, state, record: found.append(record["loss"])
     fit(net, digits, outliers, recipe, 0, torch.device("cpu"), lambda _: None, on_epoch=keep, world=world)
@@ -108,7 +108,7 @@ def test_without_batchnorm_every_step_is_that_of_one_process(tmp_path):
         assert len(one) == 4
         assert one[-1] < one[0]
         assert two[0] == pytest.approx(one[0], rel=1e-6)  # the first step, before any update
-        assert two == pytest.approx(one, rel=1e-3)  # forwards in bfloat16 where the CPU has it
+        assert two == pytest.approx(one, rel=1e-4)  # forwards in bfloat16 where the CPU has it
 
 
 def fill_disk_after_an_epoch(run: Path) -> None:

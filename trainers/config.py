@@ -82,8 +82,8 @@ class TrainConfig:
     long_tail: float | None = None
     """Cut the ID training set to an exponential profile; the rarest class keeps this share of the most frequent."""
     hold_out: str = ""
-    """Classes left out of ID, for `pipelines.evaluate --near held-out`: labels (3,5,7), random:COUNT:SEED, or MixOE's
-    own splits, mixoe:car:0."""
+    """Classes left out of ID, which `pipelines.evaluate` knows as the set `held-out`: labels (3,5,7),
+    random:COUNT:SEED, or MixOE's own splits (mixoe:car:0)."""
     size: int = 32
     """Pixels a side."""
     model: Model = "small"

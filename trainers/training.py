@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from miner.errors import UsageError
 from miner.files import atomic
-from miner.progress import Display
+from miner.progress import Display, Steps
 from miner.run_dir import RunDir, write_file, write_json
 from trainers import models
 from trainers.checkpoint import load_net, save_checkpoint
@@ -144,7 +144,6 @@ class Training:
             if self.chief:
                 self.display.say(f"going on after epoch {first}")
         self.writer = SummaryWriter(str(self.dir.path / "tensorboard"), purge_step=first) if self.chief else None
-        self.shown = -1
         result = fit(
             self.net,
             self.id_set,
@@ -152,7 +151,7 @@ class Training:
             self.config.recipe,
             self.config.seed,
             self.device,
-            self.progress,
+            Steps(self.display) if self.chief else lambda told: None,
             resume=resume,
             on_epoch=self.commit if self.chief else None,
             world=self.world,
@@ -161,19 +160,6 @@ class Training:
             self.writer.close()
         last = {} if not self.chief else self.dir.metrics()[-1]
         return result | {"loss": last.get("loss"), "terms": last}
-
-    def progress(self, told: dict[str, Any]) -> None:
-        """Move the bar."""
-        if not self.chief:
-            return
-        if self.shown < 0:
-            self.shown = told["step"] - 1
-            self.display.phase("train", told["steps"])
-            self.display.advance(self.shown, "steps")
-        self.display.advance(
-            told["step"] - self.shown, "steps", f"epoch {told['epoch']}/{told['epochs']}, loss {told['loss']:.3f}"
-        )
-        self.shown = told["step"]
 
     def commit(self, epoch: int, state: bytes, means: dict[str, Any]) -> None:
         """An epoch is over: log, keep its state, and only then call it done."""
