@@ -9,12 +9,13 @@ run on one core; runs that are finished are not trained again. Prints Markdown, 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from miner.errors import MinerError
 from pipelines import cli
 
 OOD = ("textures", "chars74k", "notmnist", "flowers5", "scene15")
@@ -37,7 +38,7 @@ class Benchmark:
 
     data: Path
     """Folder with the ID set and the OOD sets, each a folder of tars."""
-    outliers: str = ""
+    outliers: str
     """Background images (a gamma-subset)."""
     id: str = "cifar10"
     """Folder of the ID set under --data."""
@@ -53,8 +54,6 @@ class Benchmark:
     """Images forwarded and back in each fine-tuning, ID, outliers and mixtures together."""
     epochs: int = 14
     """Epochs of pre-training."""
-    lr: float | None = None
-    """Learning rate of fine-tuning. Default: the recipe's."""
     out: Path = Path("runs/benchmark-trainers")
     """Where the runs go."""
 
@@ -89,11 +88,14 @@ def trained(config: Benchmark, method: str, seed: int, base: Path | None, id_ima
     from trainers.training import train
 
     recipe = default_recipe(method, scratch=base is None)
-    out = config.out / f"{method if base else 'start'}-s{seed}"
-    if (out / "summary.json").exists():
-        return out
     epochs = round(config.images / (id_images // recipe.batch * recipe.images_per_step))
     recipe = replace(recipe, epochs=max(1, epochs) if base else config.epochs)
+    out = config.out / f"{method if base else 'start'}-s{seed}"
+    if (out / "summary.json").exists():
+        done = json.loads((out / "summary.json").read_text())
+        if done["recipe"] != json.loads(json.dumps(asdict(recipe))):
+            raise MinerError(f"{out}: was trained by another recipe; choose another --out")
+        return out
     settings = TrainConfig(
         method=method,  # type: ignore[arg-type]
         id=str(config.data / config.id),

@@ -29,7 +29,7 @@ class Display:
             disable=not self.live,
         )
         self.bar: TaskID | None = None
-        self.name, self.total, self.done = "", 0, 0
+        self.name, self.total, self.done, self.before = "", 0, 0, 0
         self.figures = ""  # the last round's L_out and effective sample size, shown all along
         self.started = self.spoke = time.monotonic()
 
@@ -40,19 +40,19 @@ class Display:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bars.stop()
 
-    def phase(self, name: str, total: int) -> None:
-        """Begin a phase of ``total`` units."""
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        """Begin a phase of ``total`` units, ``done`` of which were done before and do not count as fast work."""
         if self.bar is not None:
             self.bars.remove_task(self.bar)
-        self.bar = self.bars.add_task(name, total=total, note="")
-        self.name, self.total, self.done = name, total, 0
+        self.bar = self.bars.add_task(name, total=total, completed=done, note="")
+        self.name, self.total, self.done, self.before = name, total, done, done
         self.started = self.spoke = time.monotonic()
 
     def advance(self, units: int, unit: str = "images", note: str = "") -> None:
         """``units`` more are done."""
         self.done = min(self.done + units, self.total)
         seconds = time.monotonic() - self.started
-        rate = self.done / max(seconds, 1e-9)
+        rate = (self.done - self.before) / max(seconds, 1e-9)
         text = "  ".join(part for part in (f"{rate:,.0f} {unit}/s", note, self.figures) if part)
         if self.bar is not None:
             self.bars.update(self.bar, completed=self.done, note=text)
@@ -75,8 +75,8 @@ class Steps:
 
     def __call__(self, told: dict[str, Any]) -> None:
         if told["phase"] != self.phase:
-            self.phase, self.step = told["phase"], 0
-            self.display.phase(self.phase, told["steps"])
+            self.phase, self.step = told["phase"], told["first"]
+            self.display.phase(self.phase, told["steps"], self.step)
         note = f"epoch {told['epoch']}/{told['epochs']}, loss {told['loss']:.3f}"
         self.display.advance(told["step"] - self.step, "steps", note)
         self.step = told["step"]

@@ -32,14 +32,17 @@ class RunDir:
     def begin(self, settings: dict[str, Any], resume: bool) -> int:
         """Open or continue a run under ``settings``; returns the first round that is not committed yet.
 
-        Raises MinerError naming the settings that differ from those the folder was made with.
+        Raises MinerError naming the settings that differ from those the folder was made with, and for a folder
+        that another command, or another program, keeps its config.json in.
         """
         config = self.path / "config.json"
+        settings = {"unit": self.unit, **settings}
         if config.exists():
-            old = json.loads(config.read_text())
+            old = self._old(config)
             differing = sorted(_differences(old, json.loads(json.dumps(settings))))
             if differing and not self.committed():  # stopped before it had anything to lose: a typo in a flag, say
-                (self.path / "classifier.safetensors").unlink(missing_ok=True)
+                if self.unit == "round":
+                    (self.path / "classifier.safetensors").unlink(missing_ok=True)
                 write_json(config, settings)
             elif differing:
                 raise MinerError(
@@ -53,6 +56,15 @@ class RunDir:
         first = max(self.committed(), default=-1) + 1
         self._forget_metrics(first)
         return first
+
+    def _old(self, config: Path) -> dict[str, Any]:
+        try:
+            old = json.loads(config.read_text())
+        except ValueError as error:
+            raise MinerError(f"{config}: damaged ({error}); choose another --out") from None
+        if not isinstance(old, dict) or old.get("unit") != self.unit:
+            raise MinerError(f"{config}: belongs to another command; choose another --out")
+        return old
 
     def round(self, round_: int) -> Path:
         """Folder of a round."""

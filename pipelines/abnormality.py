@@ -9,10 +9,11 @@ the checkpoint; judge it with `python -m pipelines.evaluate RUN --abnormality RU
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, Positional
 
+from miner.errors import UsageError
 from pipelines import cli
 from trainers.abnormality_config import AbnormalityConfig
 
@@ -37,20 +38,25 @@ class ModuleConfig:
     """File to write. Default: abnormality.safetensors beside the checkpoint."""
     training: Annotated[AbnormalityConfig, OmitArgPrefixes] = field(default_factory=AbnormalityConfig)
 
+    def __post_init__(self) -> None:
+        if self.threads < 1 or self.seed < 0:
+            raise UsageError(f"threads {self.threads}, seed {self.seed}: at least 1 and at least 0 are needed")
+
 
 def main() -> None:
     """Parse, train, save."""
     import tyro
 
     config = tyro.cli(ModuleConfig, prog="python -m pipelines.abnormality", description=__doc__)
+    import numpy as np
     import torch
 
-    from miner.errors import UsageError
     from miner.progress import Display, Steps
     from pipelines.judge import open_id
     from trainers.abnormality import save_abnormality, train_abnormality
     from trainers.checkpoint import open_checkpoint
-    from trainers.sets import open_images
+    from trainers.image_set import ImageSet
+    from trainers.sets import open_images, refuse_overlap
 
     torch.set_num_threads(config.threads)
     net, meta = open_checkpoint(config.checkpoint)
@@ -58,16 +64,20 @@ def main() -> None:
     if spec is None:
         raise UsageError(f"{config.checkpoint}: does not say which ID set it was trained on; name it with --id")
     id_set, _ = open_id(meta, spec, size)
+    folder = config.checkpoint if config.checkpoint.is_dir() else config.checkpoint.parent
+    path = config.out or folder / DEFAULT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {"id": spec, "seed": config.seed, "outliers": None}
     outliers = None
     if config.outliers:
-        images = open_images(config.outliers, size, config.seed)[0]
-        outliers = images.take(range(len(images)))
+        sets = open_images(config.outliers, size, config.seed)
+        if len(sets) > 1:
+            raise UsageError(f"--outliers {config.outliers}: holds {len(sets)} sets of images; name one")
+        refuse_overlap(sets[0], {"the ID test set": ImageSet("ID test", (id_set.test_images,))}, allow=False)
+        outliers, facts["outliers"] = sets[0].take(np.arange(len(sets[0]))), sets[0].origin
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Display() as display:
         module, report = train_abnormality(net, id_set, config.training, config.seed, device, Steps(display), outliers)
-    folder = config.checkpoint if config.checkpoint.is_dir() else config.checkpoint.parent
-    path = config.out or folder / DEFAULT
-    facts = {"id": spec, "outliers": config.outliers, "seed": config.seed}
     save_abnormality(path, module, facts)
     print(f"decoder loss {report['decoder_loss']:.4f}, risk loss {report['risk_loss']:.4f}, {report['seconds']:.0f} s")
     print(path)

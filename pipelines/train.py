@@ -26,6 +26,7 @@ def main() -> None:
     from trainers.training import train
 
     print(closing(train(config)))
+    print(f"judge it: python -m pipelines.evaluate {config.run_dir}")
     print(config.run_dir / "checkpoint.safetensors")
 
 
@@ -48,8 +49,7 @@ def closing(summary: dict[str, Any]) -> str:
     outliers = f", {summary['outliers_seen']:,} different outliers" if summary["outliers_seen"] else ""
     return (
         f"accuracy on the ID test set {summary['accuracy']:.2%}; last epoch: {terms}\n"
-        f"{summary['images']:,} images forwarded{outliers}, {summary['seconds']:.0f} s\n"
-        "judge it: python -m pipelines.evaluate RUN --ood SETS"
+        f"{summary['images']:,} images forwarded{outliers}, {summary['seconds']:.0f} s"
     )
 
 

@@ -94,6 +94,9 @@ def load_net(
         )
     net = models.create(model, len(classes) + reject, seed)
     expected = net.state_dict()
+    outputs = len(state["head.bias"]) if "head.bias" in state else 0
+    if outputs not in (0, len(classes) + bool(meta.get("reject"))):
+        raise MinerError(f"{where}: has {outputs} outputs, the ID set {len(classes)} classes; pre-train anew")
     if bool(meta.get("reject")) != reject:
         for name in ("head.weight", "head.bias"):
             fresh = expected[name][len(classes) :].clone()
@@ -136,7 +139,7 @@ def restore(blob: bytes, net: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for name in [name for name in tensors if name.startswith(start)]:
             value = tensors[name]
             if value.ndim:  # a counter of steps stays where it is
-                value = value.to(parameter.device).to(memory_format=torch.preserve_format)
+                value = torch.empty_like(parameter).copy_(value)  # in the parameter's own memory layout
             optimizer.state[parameter][name.removeprefix(start)] = value
     return {name[5:]: value for name, value in tensors.items() if name.startswith("more.")}
 

@@ -104,8 +104,11 @@ class TrainConfig:
     recipe: Annotated[Recipe, OmitArgPrefixes] = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
-        if self.workers < 1 or self.threads < 0:
-            raise UsageError(f"workers {self.workers}, threads {self.threads}: at least 1 and at least 0 are needed")
+        if self.workers < 1 or self.threads < 0 or self.seed < 0 or self.size < 8:
+            raise UsageError(
+                f"workers {self.workers}, threads {self.threads}, seed {self.seed}, size {self.size}: "
+                "at least 1, 0, 0 and 8 are needed"
+            )
 
     @classmethod
     def default(cls, method: str | None, preset_name: str | None, scratch: bool) -> "TrainConfig":
@@ -129,7 +132,7 @@ class TrainConfig:
         """The outliers' specification; None when the objective needs none."""
         if not self.recipe.objective.outliers:
             return None
-        if self.outliers is None and self.id != "demo":
+        if not self.outliers and self.id != "demo":
             raise UsageError(f"--method {self.method}: needs background images; name some with --outliers")
         return self.outliers or "demo-pool"
 

@@ -6,7 +6,7 @@ of one seed, so that methods can be compared in pairs, and a run that goes on af
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -134,9 +134,7 @@ class Loop:
         world: World,
     ) -> None:
         n = len(id_set.train_images)
-        if recipe.batch > n:  # a set smaller than a batch is one batch
-            shrunk = max(1, recipe.batch_outliers * n // recipe.batch)
-            recipe = replace(recipe, batch=n, batch_outliers=shrunk)
+        recipe = recipe.fitted(n)
         _check(id_set, outliers, recipe, world)
         place(net, device).train()
         self.net, self.id_set, self.recipe, self.seed, self.device, self.world = (
@@ -204,7 +202,8 @@ class Loop:
         if self.stream:
             chances = torch.Generator().manual_seed(_mixed(self.seed, number))
             images = torch.from_numpy(self.stream.take(epoch, step)).to(self.device)
-            outside = normalise(_views(images, chances, recipe.augment_outliers, self.id_set.flip)[mine])
+            mirror = self.id_set.flip or recipe.augment_outliers == "flip"
+            outside = normalise(_views(images, chances, recipe.augment_outliers, mirror)[mine])
         chance = draw(recipe.objective, inside.shape[-1], self.seed, number)
         with autocast(self.device):
             out = forward(self.net, recipe, inside, outside, chance)

@@ -5,6 +5,7 @@
 The switches are the choices in which the reference implementations of these methods silently disagree.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -51,8 +52,11 @@ class Objective:
     """No gradient through the mixed logits in the consistency term."""
 
     def __post_init__(self) -> None:
-        if min(self.beta) <= 0:
+        if not min(self.beta) > 0:
             raise UsageError(f"beta {self.beta}: both parameters must be above 0")
+        weights = (self.ce, self.expose, self.entropy, self.energy, self.ring, self.mix, self.consistency)
+        if not 0 <= min(weights) <= max(weights) < math.inf:
+            raise UsageError("weights of an objective's terms must be finite and at least 0")
         if self.mixer == "none" and (self.mix or self.consistency):
             raise UsageError("mix and consistency need a mixer: --mixer linear, cutmix, hidden or logit")
         if self.mixer == "hidden" and (self.raw or self.consistency):
@@ -61,7 +65,9 @@ class Objective:
     @property
     def raw(self) -> bool:
         """Unmixed outliers go through the net."""
-        return bool(self.expose or self.entropy or self.energy or self.ring or self.mixer == "logit")
+        return bool(
+            self.expose or self.entropy or self.energy or self.ring or self.consistency or self.mixer == "logit"
+        )
 
     @property
     def mixed(self) -> bool:
@@ -117,22 +123,34 @@ class Recipe:
     augment_id: Views = "crop-flip"
     """Random views of ID images: crop-flip, flip or none; sets of digits are never mirrored."""
     augment_outliers: Views = "crop-flip"
-    """The same for outliers."""
+    """The same for outliers; flip mirrors them beside digits too (OE on SVHN and MNIST)."""
     hard_from: int = 0
     """Hard outlier mining (OE-M): each epoch score this many random outliers and train on the most confident."""
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 2 or self.batch_outliers < 1 or not self.lr > 0:
-            raise UsageError(
-                f"epochs {self.epochs}, batch {self.batch}, lr {self.lr}: must be at least 1, 2 and above 0"
-            )
-        if not 0 <= self.warmup < 1 or self.outlier_budget < 0 or self.hard_from < 0:
-            raise UsageError("warmup must be in [0, 1); outlier-budget and hard-from at least 0")
+        if self.epochs < 1 or self.batch < 2 or self.batch_outliers < 1:
+            sizes = f"epochs {self.epochs}, batch {self.batch}, batch-outliers {self.batch_outliers}"
+            raise UsageError(f"{sizes}: must be at least 1, 2 and 1")
+        if not 0 < self.lr < math.inf or not 0 <= self.lr_min <= self.lr:
+            raise UsageError(f"lr {self.lr}, lr-min {self.lr_min}: lr must be above 0, lr-min between 0 and lr")
+        if not 0 <= self.warmup < 1 or not 0 <= self.label_smoothing < 1 or not 0 <= self.weight_decay < math.inf:
+            raise UsageError("warmup and label-smoothing must be in [0, 1), weight-decay at least 0")
+        if self.outlier_budget < 0 or self.hard_from < 0:
+            raise UsageError("outlier-budget and hard-from must be at least 0")
+        if self.objective.mixer == "hidden" and self.forward_mode == "separate":
+            raise UsageError("mixer hidden: ID and mixtures share a forward; use --forward-mode joint")
         if self.objective.mixer != "none" and self.batch != self.batch_outliers:
             raise UsageError(
                 f"mixer {self.objective.mixer}: pairs each ID image with an outlier; "
                 f"batch {self.batch} and batch-outliers {self.batch_outliers} must be equal"
             )
+
+    def fitted(self, id_images: int) -> "Recipe":
+        """The same recipe with a batch that an ID set of so many images fills, outliers in proportion."""
+        if self.batch <= id_images:
+            return self
+        outliers = max(1, round(self.batch_outliers * id_images / self.batch))
+        return replace(self, batch=id_images, batch_outliers=outliers)
 
     @property
     def images_per_step(self) -> int:
@@ -205,6 +223,9 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
     "msp-cifar": _with(_COSINE, "ce"),
     "oe-cifar-tune": _with(_TUNE, "oe"),
     "oe-cifar-scratch": _with(_COSINE, "oe"),
+    "msp-svhn": _with(replace(_DIGITS, epochs=20, lr=0.01), "ce"),
+    "msp-tinyimagenet": _with(_COSINE, "ce"),
+    "msp-mnist": _with(replace(_DIGITS, epochs=10, lr=0.01, batch=50, batch_outliers=100, weight_decay=0.0), "ce"),
     "oe-svhn-tune": _with(replace(_DIGITS, epochs=5, lr=1e-4), "oe"),
     "oe-svhn-scratch": _with(replace(_DIGITS, epochs=20, lr=0.01), "oe"),
     "oe-tinyimagenet-tune": _with(

@@ -151,6 +151,7 @@ class Meter:
                 "epoch": step * self.epochs // self.steps + 1,
                 "epochs": self.epochs,
                 "step": step + 1,
+                "first": self.first,
                 "steps": self.steps,
                 "loss": self.loss / self.count,
                 "images_per_s": self.images / max(now - self.last, 1e-9),

@@ -31,7 +31,7 @@ def id_set_of(spec: str, size: int, held_out: tuple[int, ...] | str = "", tail: 
     if held_out:
         labels = parse_hold_out(held_out, id_set) if isinstance(held_out, str) else held_out
         id_set, held = hold_out(id_set, labels)
-    return (long_tail(id_set, tail) if tail else id_set), held, labels
+    return (id_set if tail is None else long_tail(id_set, tail)), held, labels
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -74,6 +74,8 @@ class Training:
         spec = config.background  # before anything is loaded: it may be missing
         self.id_set, held, self.held_labels = id_set_of(config.id, config.size, config.hold_out, config.long_tail)
         self.outliers = self.open_outliers(spec, held)
+        self.recipe = config.recipe.fitted(len(self.id_set.train_images))
+        self.world.check(self.recipe)
         self.net, self.made_from = self.open_net()
 
     def open_outliers(self, spec: str | None, held: ImageSet | None) -> ImageSet | None:
@@ -88,7 +90,7 @@ class Training:
             tests["the held-out classes"] = held
         for name in self.config.ood:
             for found in open_images(name, self.config.size, self.config.seed):
-                tests[f"OOD set {found.name}"] = found
+                tests[f"OOD set {found.name} ({name})"] = found
         refuse_overlap(sets[0], tests, self.config.allow_overlap)
         return sets[0]
 
@@ -98,7 +100,8 @@ class Training:
         if config.checkpoint is None:
             return models.create(config.model, len(classes) + reject, config.seed), {}
         net, meta = load_net(config.checkpoint, config.model, classes, reject, config.seed)
-        return net, {"checkpoint": str(config.checkpoint), "checkpoint_accuracy": meta.get("accuracy")}
+        made_from = {"checkpoint": str(config.checkpoint), "checkpoint_accuracy": meta.get("accuracy")}
+        return net, made_from | {"checkpoint_outliers": meta.get("outliers")}
 
     def begin(self) -> int:
         """Open the run directory; returns how many epochs are done."""
@@ -107,8 +110,10 @@ class Training:
         settings = self.config.settings() | {"threads": self.threads} | facts
         if self.chief:
             first = self.dir.begin(settings, self.config.resume)
+            seen = self.dir.path / "outliers.parquet"
+            seen.unlink(missing_ok=True)  # of a method that was tried here before
             if self.outliers is not None:
-                with atomic(str(self.dir.path / "outliers.parquet")) as sink:
+                with atomic(str(seen)) as sink:
                     pq.write_table(record(self.outliers), sink, compression="zstd")
         else:
             first = max(self.dir.committed(), default=-1) + 1
@@ -116,17 +121,19 @@ class Training:
 
     def tell_outliers(self) -> None:
         """Say how often outliers repeat, and where energies stand against the margins asked for."""
-        recipe, outliers = self.config.recipe, self.outliers
+        recipe, outliers = self.recipe, self.outliers
         if outliers is None or not self.chief:
             return
         used = min(len(outliers), recipe.outlier_budget or len(outliers))
-        wanted = len(self.id_set.train_images) // min(recipe.batch, len(self.id_set.train_images))
-        wanted *= recipe.batch_outliers
+        wanted = len(self.id_set.train_images) // recipe.batch * recipe.batch_outliers
         self.display.say(f"outliers: {outliers.name}, {used:,} images; an epoch takes {wanted:,}")
         if used < recipe.batch_outliers:
             self.display.say(f"outliers: fewer than a batch of {recipe.batch_outliers}: each batch repeats some")
         elif used < wanted:
             self.display.say(f"outliers: cycled, each is seen about {wanted / used:.0f} times an epoch")
+        kept = 2 * recipe.batch * (len(self.id_set.train_images) // recipe.batch)
+        if 0 < min(recipe.hard_from, used) <= kept:
+            self.display.say(f"hard mining: {min(recipe.hard_from, used):,} drawn and {kept:,} wanted: all are kept")
         goal = recipe.objective
         if goal.energy and not self.dir.committed():
             inside, outside = mean_energies(self.net.to(self.device), self.id_set, outliers, self.config.seed)
@@ -143,12 +150,12 @@ class Training:
             resume = (first, (self.dir.verified(first - 1) / STATE).read_bytes())
             if self.chief:
                 self.display.say(f"going on after epoch {first}")
-        self.writer = SummaryWriter(str(self.dir.path / "tensorboard"), purge_step=first) if self.chief else None
+        self.writer = SummaryWriter(str(self.dir.path / "tensorboard"), purge_step=first + 1) if self.chief else None
         result = fit(
             self.net,
             self.id_set,
             self.outliers,
-            self.config.recipe,
+            self.recipe,
             self.config.seed,
             self.device,
             Steps(self.display) if self.chief else lambda told: None,
@@ -169,6 +176,8 @@ class Training:
         for name, value in means.items():
             if self.writer:
                 self.writer.add_scalar(f"train/{name}", value, epoch)
+        if self.writer:
+            self.writer.flush()
 
     # --- after ---------------------------------------------------------------------------------------------------
 
@@ -181,10 +190,10 @@ class Training:
         meta = {
             "model": config.model,
             "classes": list(id_set.classes),
-            "reject": config.recipe.objective.reject,
+            "reject": self.recipe.objective.reject,
             "method": config.method,
             "preset": config.preset,
-            "recipe": asdict(config.recipe),
+            "recipe": asdict(self.recipe),
             "id": config.id,
             "id_fingerprint": id_set.fingerprint,
             "size": config.size,
@@ -197,7 +206,7 @@ class Training:
         }
         save_checkpoint(self.dir.path / "checkpoint.safetensors", self.net, meta)
         result |= {
-            "images_per_step": config.recipe.images_per_step,
+            "images_per_step": self.recipe.images_per_step,
             "threads": self.threads,
             "workers": self.world.size,
         }

@@ -157,9 +157,9 @@ class Relay(Display):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, done: int = 0) -> None:
         """Begin a phase of ``total`` units."""
-        self.queue.put(("phase", name, total))
+        self.queue.put(("phase", name, total, done))
 
     def advance(self, units: int, unit: str = "images", note: str = "") -> None:
         """``units`` more are done; told on not more often than anyone can read."""
