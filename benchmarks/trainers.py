@@ -74,6 +74,8 @@ def main() -> None:
     for seed in config.seeds:
         base = trained(config, "ce", seed, None, len(id_set.train_images))
         results.setdefault("start", []).append(figures(base, id_set, sets, "msp"))
+        short = trained(config, "ce", seed, base, len(id_set.train_images), share=0.5)
+        results.setdefault("ce-short", []).append(figures(short, id_set, sets, "msp"))
         for method in config.methods:
             run = trained(config, method, seed, base, len(id_set.train_images))
             results.setdefault(method, []).append(figures(run, id_set, sets, OWN_SCORE.get(method, "msp")))
@@ -81,16 +83,20 @@ def main() -> None:
         print(table(results), flush=True)
 
 
-def trained(config: Benchmark, method: str, seed: int, base: Path | None, id_images: int) -> Path:
-    """Directory of one training run, from scratch or from the run ``base``; trained now if it is not there."""
+def trained(config: Benchmark, method: str, seed: int, base: Path | None, id_images: int, share: float = 1.0) -> Path:
+    """Directory of one training run, from scratch or from the run ``base``; trained now if it is not there.
+
+    ``share`` of --images go forward: half of them for ``ce-short``, which sees the ID set as often as most methods.
+    """
     from trainers.config import TrainConfig
     from trainers.recipes import default_recipe
     from trainers.training import train
 
     recipe = default_recipe(method, scratch=base is None)
-    epochs = round(config.images / (id_images // recipe.batch * recipe.images_per_step))
+    epochs = round(share * config.images / (id_images // recipe.batch * recipe.images_per_step))
     recipe = replace(recipe, epochs=max(1, epochs) if base else config.epochs)
-    out = config.out / f"{method if base else 'start'}-s{seed}"
+    name = "start" if base is None else method if share == 1 else f"{method}-short"
+    out = config.out / f"{name}-s{seed}"
     if (out / "summary.json").exists():
         done = json.loads((out / "summary.json").read_text())
         if done["recipe"] != json.loads(json.dumps(asdict(recipe))):
@@ -130,14 +136,17 @@ def figures(run: Path, id_set: Any, sets: list[Any], score: str) -> dict[str, fl
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: mean ± standard deviation over training seeds, and the paired gain in natural AUROC over ``ce``."""
+    """Markdown: mean ± standard deviation over seeds, and the paired gain in natural AUROC over the controls."""
     titles = [title for title in COLUMNS if title in results["start"][0]]
-    lines = ["| method | " + " | ".join(titles) + " | gain over ce |", "|---" * (len(titles) + 2) + "|"]
+    controls = [name for name in ("start", "ce-short", "ce") if name in results]
+    heads = ["method", *titles, *(f"gain over {name}" for name in controls)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for method, runs in results.items():
         cells = [spread([run[title] for run in runs]) for title in titles]
-        control = results.get("ce", [])[: len(runs)]
-        gain = [run["natural AUROC"] - other["natural AUROC"] for run, other in zip(runs, control, strict=False)]
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {spread(gain) if gain else ''} |")
+        for name in controls:
+            pairs = zip(runs, results[name], strict=True)
+            cells.append(spread([run["natural AUROC"] - other["natural AUROC"] for run, other in pairs]))
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from miner import demo
 from miner.errors import MinerError, UsageError
+from miner.run_dir import RunDir
 from pipelines.train import defaults
 from trainers import models
 from trainers.checkpoint import load_checkpoint, load_net, open_checkpoint, save_checkpoint
@@ -279,10 +281,29 @@ def test_outliers_among_the_test_images_are_refused(tmp_path, digits, capfd):
     np.save(tmp_path / "leak.npy", np.concatenate([demo.pool_arrays()[0][:50], ood[:1]]))
     with pytest.raises(MinerError, match=r"1 of 51 .*OOD set.*--allow-overlap"):
         train(replace(config, ood=(str(tmp_path / "ood.npy"),)))
+    (tmp_path / "other").mkdir()
+    np.save(tmp_path / "other" / "ood.npy", ood[1:50])  # of the same name, and innocent
+    both = (str(tmp_path / "ood.npy"), str(tmp_path / "other" / "ood.npy"))
+    with pytest.raises(MinerError, match=r"1 of 51 .*OOD set"):
+        train(replace(config, ood=both))
     summary = train(replace(config, ood=(str(tmp_path / "ood.npy"),), allow_overlap=True))
     assert summary["outliers_seen"] == 51
     said = capfd.readouterr().err
     assert "fewer than a batch of 64" in said
+
+
+def test_a_run_of_another_command_is_left_alone(tmp_path):
+    RunDir(tmp_path / "mined").begin({"seed": 0}, resume=False)
+    (tmp_path / "mined" / "classifier.safetensors").write_bytes(b"precious")
+    before = (tmp_path / "mined" / "config.json").read_bytes()
+    with pytest.raises(MinerError, match=r"config.json: belongs to another command; choose another --out"):
+        train(job(tmp_path / "mined"))
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text("{")
+    with pytest.raises(MinerError, match=r"config.json: damaged"):
+        train(job(tmp_path / "torn"))
+    assert (tmp_path / "mined" / "config.json").read_bytes() == before
+    assert (tmp_path / "mined" / "classifier.safetensors").read_bytes() == b"precious"
 
 
 def test_wrong_checkpoints_and_missing_outliers(tmp_path, start):
@@ -292,13 +313,17 @@ def test_wrong_checkpoints_and_missing_outliers(tmp_path, start):
     save_checkpoint(tmp_path / "three", models.create("small", 3), {"model": "small", "classes": ["a", "b", "c"]})
     with pytest.raises(MinerError, match="made for 3 classes, the ID set has 10"):
         train(job(tmp_path / "run", start=tmp_path / "three"))
+    save_file(models.create("small", 100).state_dict(), tmp_path / "hundred.safetensors")  # and says nothing else
+    openmix = replace(default_recipe("openmix", False), epochs=1)
+    with pytest.raises(MinerError, match="has 100 outputs, the ID set 10 classes"):
+        train(job(tmp_path / "run", start=tmp_path / "hundred.safetensors", method="openmix", recipe=openmix))
     with pytest.raises(UsageError, match="name some with --outliers"):
         train(job(tmp_path / "run", id=str(tmp_path), outliers=None))
     with pytest.raises(UsageError, match="name one"):
         train(job(tmp_path / "run", outliers="demo"))
 
 
-def test_a_loss_that_is_not_finite_is_one_line_and_the_net_stays(digits, background):
+def test_a_loss_that_is_not_finite_is_one_line(digits, background):
     net = models.create("small", 10)
     recipe = Recipe(Objective(expose=0.5), epochs=2, batch=64, batch_outliers=64, lr=1e30)
     with pytest.raises(MinerError, match=r"training, epoch 1, step \d: the loss is not finite \(ce .*expose .*--lr\)"):

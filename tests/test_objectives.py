@@ -240,6 +240,10 @@ EXPECTED = {
     "msp-cifar": OE | {"epochs": 100, "lr": 0.1},
     "oe-cifar-tune": OE | {"epochs": 10, "lr": 0.001, "expose": 0.5, "target": "uniform"},
     "oe-cifar-scratch": OE | {"epochs": 100, "lr": 0.1, "expose": 0.5},
+    "msp-svhn": OE | {"epochs": 20, "lr": 0.01, "augment_id": "none", "augment_outliers": "flip", "expose": 0.0},
+    "msp-tinyimagenet": OE | {"epochs": 100, "lr": 0.1, "expose": 0.0},
+    "msp-mnist": OE | {"epochs": 10, "lr": 0.01, "batch": 50, "batch_outliers": 100, "weight_decay": 0.0,
+                       "augment_id": "none", "augment_outliers": "flip", "expose": 0.0},
     "oe-svhn-tune": OE | {"epochs": 5, "lr": 1e-4, "augment_id": "none", "augment_outliers": "flip", "expose": 0.5},
     "oe-svhn-scratch": OE | {"epochs": 20, "lr": 0.01, "augment_id": "none", "augment_outliers": "flip"},
     "oe-tinyimagenet-tune": OE | {"epochs": 10, "lr": 0.001, "batch_outliers": 180, "outlier_order": "sequential",
@@ -299,3 +303,26 @@ def test_bad_recipes_are_refused():
         default_recipe("magic", False)
     with pytest.raises(UsageError, match="hidden"):
         Objective(mixer="hidden", mix=1.0, expose=0.5)
+    with pytest.raises(UsageError, match="forward-mode joint"):
+        Recipe(METHODS["openmix-manifold"], forward_mode="separate")
+    with pytest.raises(UsageError, match="finite and at least 0"):
+        Objective(expose=-1.0)
+    for wrong in ({"lr": float("nan")}, {"lr_min": 1.0}, {"label_smoothing": 2.0}, {"batch_outliers": 0}):
+        with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", "-")):
+            Recipe(**wrong)
+
+
+def test_consistency_counts_under_every_mixer_of_images():
+    for mixer in ("linear", "cutmix"):
+        recipe = Recipe(Objective(mixer=mixer, mix=1.0, consistency=1.0), batch=4, batch_outliers=4)
+        out = forward(
+            models.create("small", 5), recipe, torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16), Draw(0.5)
+        )
+        assert set(losses(recipe.objective, out, torch.tensor([0, 1, 2, 3]), 0.5)) == {"ce", "mix", "consistency"}
+
+
+def test_a_small_id_set_shrinks_both_batches():
+    fitted = Recipe(METHODS["mixoe"], batch=128, batch_outliers=128).fitted(50)
+    assert (fitted.batch, fitted.batch_outliers) == (50, 50)
+    assert Recipe(METHODS["oe"], batch=100, batch_outliers=200).fitted(50).batch_outliers == 100
+    assert Recipe().fitted(5000) == Recipe()
