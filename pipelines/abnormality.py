@@ -30,6 +30,8 @@ class ModuleConfig:
     """ID set. Default: what the checkpoint says."""
     outliers: str | None = None
     """Real outliers (a gamma-subset, tars, ...) in the place of distorted ID images."""
+    allow_overlap: bool = False
+    """Train even if outliers are among the images of the ID test set."""
     seed: int = 0
     """Same seed, threads and machine: same module."""
     threads: int = 1
@@ -73,7 +75,7 @@ def main() -> None:
         sets = open_images(config.outliers, size, config.seed)
         if len(sets) > 1:
             raise UsageError(f"--outliers {config.outliers}: holds {len(sets)} sets of images; name one")
-        refuse_overlap(sets[0], {"the ID test set": ImageSet("ID test", (id_set.test_images,))}, allow=False)
+        refuse_overlap(sets[0], {"the ID test set": ImageSet("ID test", (id_set.test_images,))}, config.allow_overlap)
         outliers, facts["outliers"] = sets[0].take(np.arange(len(sets[0]))), sets[0].origin
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Display() as display:

@@ -1,6 +1,8 @@
 """The abnormality module: a frozen classifier, repeatable training, better scores than MSP, files tied to their net."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from trainers.abnormality import (
     train_abnormality,
 )
 from trainers.abnormality_config import AbnormalityConfig
-from trainers.checkpoint import load_checkpoint, save_checkpoint
+from trainers.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
 from trainers.config import PretrainConfig
 from trainers.data import IdSet, load_id, normalise
 from trainers.fit import pretrain
@@ -292,3 +294,18 @@ def test_batches_larger_than_the_set(net, few):
     module, report = train_abnormality(net, tiny, BRIEF, 0, CPU, silent)
     assert np.isfinite([report["decoder_loss"], report["risk_loss"]]).all()
     assert np.isfinite(module.risk(net, few.test_images[:3])).all()
+
+
+def test_the_command_leaves_a_module_beside_the_checkpoint(tmp_path, net, digits):
+    meta = {"model": "small", "classes": list(digits.classes), "id": "demo", "size": 32}
+    save_checkpoint(tmp_path / "checkpoint.safetensors", net, meta)
+    words = [sys.executable, "-m", "pipelines.abnormality", str(tmp_path)]
+    done = subprocess.run([*words, "--decoder-epochs=1", "--risk-epochs=1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded, _ = open_checkpoint(tmp_path)
+    module = load_abnormality(tmp_path / "abnormality.safetensors", loaded)
+    assert module.risk(loaded, digits.test_images[:8]).min() >= 0
+    np.save(tmp_path / "leak.npy", digits.test_images[:30])
+    refused = subprocess.run([*words, "--outliers", str(tmp_path / "leak.npy")], capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "30 of 30 outliers are also in the ID test set" in refused.stderr
