@@ -34,14 +34,6 @@ SHORT = AbnormalityConfig(decoder_epochs=6, risk_epochs=3)
 BRIEF = AbnormalityConfig(decoder_epochs=1, risk_epochs=1, batch=48)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def silent(report: dict) -> None:
     pass
 

@@ -34,7 +34,6 @@ from trainers.sets import open_images, record
 SIZE = 16  # px
 OUT = [3, 7]  # classes of "held"
 CPU = torch.device("cpu")
-torch.set_num_threads(1)
 
 
 def meta(id_set: IdSet, **more: object) -> dict:

@@ -32,14 +32,6 @@ from trainers.training import train
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def digits() -> IdSet:
     whole = load_id("demo")
@@ -54,7 +46,6 @@ def background() -> ImageSet:
 @pytest.fixture(scope="module")
 def start(digits, tmp_path_factory) -> Path:
     """A classifier of the demo digits, six epochs old."""
-    torch.set_num_threads(1)
     net = models.create("small", 10, seed=1)
     pretrain(net, digits, PretrainConfig(epochs=6, batch=64, lr=0.1), 0, CPU, lambda _: None)
     path = tmp_path_factory.mktemp("start") / "net.safetensors"

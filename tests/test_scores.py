@@ -22,14 +22,6 @@ def said(logits: np.ndarray, features: np.ndarray | None = None) -> Outputs:
     return Outputs(np.asarray(logits, float), np.eye(len(logits), dtype=np.float32) if features is None else features)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def digits() -> IdSet:
     return load_id("demo")

@@ -33,14 +33,6 @@ CPU = torch.device("cpu")
 QUICK = PretrainConfig(epochs=3, batch=64, lr=0.1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def silent(report: dict) -> None:
     pass
 
