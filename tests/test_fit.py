@@ -200,6 +200,7 @@ def job(out: Path, start: Path | None = None, **changed) -> TrainConfig:
 def test_a_run_leaves_all_that_is_needed_to_use_it(tmp_path):
     summary = train(job(tmp_path / "run", long_tail=0.5))
     net, meta = open_checkpoint(tmp_path / "run")
+    assert torch.equal(load_net(tmp_path / "run", "small", meta["classes"])[0].head.weight, net.head.weight)
     assert not net.training
     assert meta["method"] == "oe"
     assert meta["outliers"]["fingerprint"]

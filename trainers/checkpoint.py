@@ -31,11 +31,16 @@ def save_checkpoint(path: str | os.PathLike[str], net: nn.Module, meta: Mapping[
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict (on the CPU) and metadata of a safetensors file; {} when it has none of ours.
+    """The state dict (on the CPU) and metadata of a safetensors file or a run directory; {} when it has none of ours.
 
     Raises MinerError for a missing file and for anything but safetensors, pickles above all.
     """
     where = os.fspath(path)
+    if os.path.isdir(where):
+        found = [os.path.join(where, name) for name in RUN_FILES if os.path.isfile(os.path.join(where, name))]
+        if not found:
+            raise MinerError(f"{where}: no {' or '.join(RUN_FILES)} in it; train to the end, or name a checkpoint")
+        where = found[0]
     if not os.path.isfile(where):
         raise MinerError(f"{where}: no such checkpoint file")
     with open(where, "rb") as file:
@@ -60,11 +65,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> tuple[models.Net, dict[str,
     Raises MinerError as ``load_checkpoint`` does, and for a file that does not say what it holds.
     """
     where = os.fspath(path)
-    if os.path.isdir(where):
-        found = [os.path.join(where, name) for name in RUN_FILES if os.path.isfile(os.path.join(where, name))]
-        if not found:
-            raise MinerError(f"{where}: no {' or '.join(RUN_FILES)} in it; train to the end, or name a checkpoint")
-        where = found[0]
     meta = load_checkpoint(where)[1]
     if not {"model", "classes"} <= meta.keys():
         raise MinerError(f"{where}: does not say which model and classes it holds; only our own checkpoints do")

@@ -89,7 +89,7 @@ class TrainConfig:
     model: Model = "small"
     """Classifier. `small` makes a CPU run practical."""
     checkpoint: Path | None = None
-    """Start from this classifier (.safetensors); without one, training is from scratch."""
+    """Start from this classifier (a .safetensors file or a run directory); without one, training is from scratch."""
     seed: int = 0
     """Same seed, threads, workers and machine: same classifier, bit for bit."""
     threads: int = 0
