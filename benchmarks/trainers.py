@@ -46,7 +46,7 @@ class Benchmark:
     """Folders of natural OOD sets under --data."""
     near: tuple[str, ...] = ()
     """Folders of near OOD sets under --data."""
-    methods: tuple[str, ...] = ("ce", "oe", "energy", "mixoe", "mixoe-cutmix", "openmix", "logitmixoe")
+    methods: tuple[str, ...] = ("ce", "oe", "energy", "mixoe", "openmix", "logitmixoe")
     """Methods of pipelines.train."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds; methods are compared in pairs of equal seed."""
