@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import ray
 
 from miner import cache, ranking, rules
+from miner.baselines import Sweep
 from miner.errors import MinerError
+from miner.guard import NO_CLASS, ClassSums, class_sums
 from miner.pool import Pool
 from miner.rules import RootSums, Sums
 from miner.weights import ShardState, final_table, write_arrow
+from trainers.image_set import ImageSet
 
 _DRAW_SALT = 1 << 32  # training draws of round r use salt _DRAW_SALT + r; the permanent number uses salt 0
 
@@ -29,6 +33,7 @@ class PoolShards:
         self.state: dict[int, ShardState] = {}
         self.images: dict[int, np.ndarray] = {}
         self.uid: dict[int, np.ndarray] = {}
+        self.label: dict[int, np.ndarray] = {}
         self.rows: dict[int, np.ndarray] = {}  # rows of the sweep going on
         self.losses: dict[int, np.ndarray] = {}
 
@@ -36,15 +41,22 @@ class PoolShards:
         """``method(shard, *extra, *args)`` for several shards in one message."""
         return [getattr(self, method)(s, *own, *args) for s, own in zip(shards, extra, strict=True)]
 
-    def prepare(self, shard: int, duplicates: np.ndarray) -> list[str]:
-        """Decode one shard once (or map its cache) and set out fresh weights; returns the keys that do not decode."""
+    def prepare(self, shard: int, duplicates: np.ndarray, id_digests: np.ndarray) -> list[str]:
+        """Decode one shard once (or map its cache) and set out fresh weights; returns the keys that do not decode.
+
+        ``duplicates`` are rows that repeat an earlier image's bytes, ``id_digests`` ("S16", ``ImageSet.digests``)
+        stand for the pixels of the ID set's images: rows that show one of them are left out.
+        """
         self.images[shard], bad = cache.open_shard(self.pool, shard, self.size)
-        index = self.pool.shard_index(shard, ["uid", "key", "excluded_by"])
+        index = self.pool.shard_index(shard, ["uid", "key", "label", "excluded_by"])
         self.uid[shard] = ranking.uid_words(index["uid"].to_pylist())
+        self.label[shard] = pc.fill_null(index["label"], NO_CLASS).to_numpy().astype(np.int32)
         state = ShardState.fresh(self.rule, len(index))
         state.exclude(index["excluded_by"].is_valid().to_numpy(), "exclude-list")
         state.exclude(duplicates, "duplicate")
         state.exclude(np.array(sorted(bad), dtype=np.int64), "decode")
+        pixels = ImageSet("shard", (self.images[shard],)).digests()
+        state.exclude(np.isin(pixels, id_digests), "id-duplicate")
         self.state[shard] = state
         keys = index["key"].to_pylist()
         return [f"{keys[row]} ({reason})" for row, reason in sorted(bad.items())]
@@ -85,21 +97,32 @@ class PoolShards:
             self.state[shard][name][rows] = scores[name]
         return len(rows)
 
-    def close_sweep(self, shard: int, round_: int) -> None:
-        """Apply the sweep's losses, once a round."""
-        self.state[shard].apply_losses(round_, self.losses[shard])
+    def class_sums(self, shard: int) -> ClassSums:
+        """Sum and number of the sweep's losses by class of the pool."""
+        rows = self.rows[shard]
+        return class_sums(self.losses[shard][rows], self.label[shard][rows])
 
-    def guard_cosines(self, shard: int) -> np.ndarray:
-        """Cosine to the 50th nearest ID image of the eligible rows, float32."""
-        state = self.state[shard]
-        return state["nn50_id_cosine"][state.eligible]
+    def close_sweep(self, shard: int, round_: int, smooth: float, means: np.ndarray) -> None:
+        """Apply the sweep's losses, once a round: ``smooth`` of each image's is the mean of its class."""
+        loss, label = self.losses[shard], self.label[shard]
+        if smooth:
+            known = label != NO_CLASS
+            loss[known] = (1.0 - smooth) * loss[known] + smooth * means[label[known]]
+        self.state[shard].apply_losses(round_, loss)
 
-    def guard(self, shard: int, threshold: float) -> int:
-        """Exclude rows nearer to the ID set than ``threshold`` (cosine of the 50th neighbour); returns how many."""
+    def guard_columns(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the leak guard judges eligible rows by: cosine to the 50th nearest ID image float32, class int32."""
         state = self.state[shard]
-        near = state.eligible & (state["nn50_id_cosine"] > threshold)
-        state.exclude(near, "near-id")
-        return int(near.sum())
+        return state["nn50_id_cosine"][state.eligible], self.label[shard][state.eligible]
+
+    def guard(self, shard: int, near: np.ndarray) -> None:
+        """Exclude those of the eligible rows that are ``near``, a mask."""
+        state = self.state[shard]
+        state.exclude(np.flatnonzero(state.eligible)[near], "near-id")
+
+    def places(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows are eligible, and their classes."""
+        return self.state[shard].eligible, self.label[shard]
 
     # --- update ----------------------------------------------------------------------------------------------
 
@@ -118,6 +141,18 @@ class PoolShards:
         """(count, sum, largest) of the mean losses of eligible rows."""
         loss = self.state[shard].loss_mean()[self.state[shard].eligible]
         return float(len(loss)), float(loss.sum()), float(loss.max(initial=0.0))
+
+    def sweep_columns(self, shard: int) -> Sweep:
+        """What ``ntom``, ``dos`` and ``poem`` order by, of the eligible rows."""
+        state = self.state[shard]
+        keep = state.eligible
+        return Sweep(state["loss"][keep], state["stratum"][keep], state["boundary"][keep], self.uid[shard][keep])
+
+    def take_weights(self, shard: int, weight_M: np.ndarray, round_: int) -> None:
+        """Weights of the eligible rows from an order of the whole pool, once a round; ``update`` then ends it."""
+        state = self.state[shard]
+        if state.updated < round_:
+            state["state"][state.eligible] = weight_M
 
     def update(self, shard: int, round_: int, total: Sums, scale: float, level: float) -> float:
         """Apply the rule to every row of a shard, once a round; returns the new sum of weights."""

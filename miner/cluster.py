@@ -57,8 +57,7 @@ def crew(config: Config, pool: str, shards: int, id_set: IdSet) -> Crew:
     shared = ray.put(id_set)
     trainer = TrainerActor.options(**kind)
     trainers = [
-        trainer.remote(config.data.model, shared, config.data.seed, threads, game.alpha, game.lr, game.batch)
-        for _ in range(machines.trainers)
+        trainer.remote(config.data.model, shared, config.data.seed, threads, game) for _ in range(machines.trainers)
     ]
     wanted = machines.pool_actors or min(cpus, 16)
     # Pool actors reserve no CPU: they must all be placed on whatever there is, spread over the nodes.

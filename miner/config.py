@@ -8,8 +8,12 @@ from tyro.conf import OmitArgPrefixes
 
 from trainers.config import Model, PretrainConfig
 
-Rule = Literal["hedge", "paper", "reference", "equilibrium", "uniform", "toploss"]
+Rule = Literal["hedge", "paper", "reference", "equilibrium", "uniform", "toploss", "ntom", "dos", "poem"]
 Draw = Literal["rank", "eq20", "topk", "random"]
+ONE_SWEEP = ("ntom", "dos", "poem")  # these order the pool once, at theta_0: see miner.baselines
+MOST_VIEWS = 6
+PLAYED = ("paper", "reference", "equilibrium")  # one round of these says little
+ORDERED = ("toploss", *ONE_SWEEP)  # drawn heaviest first, unless --draw says otherwise
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,11 @@ class Game:
     """How weights are learned."""
 
     rule: Rule = "hedge"
-    """How losses become weights. `uniform` and `toploss` are controls, `reference` is the released update."""
-    rounds: int = 5
-    """Sweeps over the pool, with training between them. 1 scores once and never trains."""
+    """How losses become weights. `uniform` and `toploss` are controls, `reference` is the released update; `ntom`,
+    `dos` and `poem` order the pool by one sweep as the miners of these names do."""
+    rounds: int | None = None
+    """Sweeps over the pool, with training between them; 1 scores once and never trains. Default: 5 for `paper`,
+    `reference` and `equilibrium`, which live on the game, else 1. `ntom`, `dos` and `poem` always look once."""
     steps: int = 100
     """Training steps between two sweeps (under `reference`: all the work of a round)."""
     eta: float = 1.0
@@ -50,9 +56,21 @@ class Game:
     """Weight of the background loss beside cross-entropy (paper: 0.5)."""
     lr: float = 0.001
     """Learning rate of the classifier in the game (paper: 0.001). BatchNorm stays frozen."""
+    views: int = 6
+    """Views of an image that its loss is averaged over, at most 6: itself, mirrored, shifted. Each costs a sweep."""
+    smooth: float = 0.5
+    """Share of an image's loss that is its class's mean loss, where the pool has classes: one net's opinion of one
+    image is noisy. 0: none."""
     threads: int = 1
     """CPU threads that train. Part of the result: gradients are summed in as many parts. Scoring, which does not
     depend on it, uses all cores but one anyway."""
+
+    @property
+    def effective_rounds(self) -> int:
+        """Rounds that are played."""
+        if self.rule in ONE_SWEEP:
+            return 1
+        return self.rounds if self.rounds is not None else 5 if self.rule in PLAYED else 1
 
 
 @dataclass(frozen=True)
@@ -63,13 +81,15 @@ class Selection:
     """Share(s) of the pool to keep, each in (0, 1]; several cost one mining and are nested."""
     draw: Draw | None = None
     """`rank` (inclusion ~ weight, exact size), `eq20` (the paper's Bernoulli draw), `topk`, `random`.
-    Default: rank, but topk for --rule toploss."""
+    Default: rank, but topk for --rule toploss, ntom, dos and poem."""
     strata: int | None = None
     """Feature clusters that take turns in the ranking, so that hardness does not mean one kind of image.
-    0: none. Default: one for every 100 images, at most 1,024."""
-    exclude_near_id: float = 0.25
-    """Leak guard: leave out this share of the pool nearest to the ID set (cosine of the 50th ID neighbour).
-    0: off."""
+    0: none (not for --rule dos, whose clusters they are). Default: one for every 100 images, at most 1,024."""
+    exclude_near_id: float = 0.15
+    """Leak guard: leave out what is nearer to the ID set (cosine of the 50th ID neighbour) than this share of the ID
+    training images are. 0: off; more leaves out less."""
+    guard: Literal["class", "image"] = "class"
+    """The guard judges classes of the pool by their mean, where it has classes; or every image by itself."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +132,7 @@ class Config:
     @property
     def draw(self) -> Draw:
         """The draw asked for, or the rule's natural one."""
-        return self.selection.draw or ("topk" if self.game.rule == "toploss" else "rank")
+        return self.selection.draw or ("topk" if self.game.rule in ORDERED else "rank")
 
     @property
     def run_dir(self) -> Path:
@@ -134,9 +154,11 @@ class Config:
     def mining(self) -> dict[str, Any]:
         """The settings that decide the weights: a run can be continued only under the same ones."""
         settings = {"data": asdict(self.data), "game": asdict(self.game), "pretrain": asdict(self.pretrain)}
+        settings["game"]["rounds"] = self.game.effective_rounds
         settings["data"]["checkpoint"] = str(self.data.checkpoint) if self.data.checkpoint else None
         settings["guard"] = {
             "strata": self.selection.strata,
             "exclude_near_id": self.selection.exclude_near_id,
+            "by": self.selection.guard,
         }
         return settings

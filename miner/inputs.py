@@ -7,7 +7,7 @@ import numpy as np
 
 from miner import ranking, rules
 from miner.build import write_arrays_pool
-from miner.config import Config
+from miner.config import MOST_VIEWS, Config
 from miner.errors import UsageError
 from miner.pool import Pool, resolve
 
@@ -21,14 +21,10 @@ def check(config: Config) -> None:
         ranking.check_gamma(gamma)
     guard = config.selection.exclude_near_id
     if not 0.0 <= guard < 1.0:
-        raise UsageError(f"--exclude-near-id {guard:g}: the share of the pool to leave out must lie in [0, 1)")
-    if max(Fraction(repr(gamma)) for gamma in gammas) > 1 - Fraction(repr(guard)):
-        raise UsageError(
-            f"--gamma {max(gammas):g} cannot be had when --exclude-near-id {guard:g} leaves "
-            f"{1 - guard:.0%} of the pool; lower one of them"
-        )
+        raise UsageError(f"--exclude-near-id {guard:g}: a share of the ID images, must lie in [0, 1)")
     for flag, value, least in (
-        ("--rounds", config.game.rounds, 1),
+        ("--rounds", config.game.effective_rounds, 1),
+        ("--views", config.game.views, 1),
         ("--steps", config.game.steps, 1),
         ("--batch", config.game.batch, 1),
         ("--trainers", config.machines.trainers, 1),
@@ -41,6 +37,12 @@ def check(config: Config) -> None:
     ):
         if not value >= least:
             raise UsageError(f"{flag} {value}: must be at least {least}")
+    if config.game.rule == "dos" and config.selection.strata == 0:
+        raise UsageError("--rule dos --strata 0: strata are the clusters that dos takes turns over; leave --strata out")
+    if config.game.views > MOST_VIEWS:
+        raise UsageError(f"--views {config.game.views}: there are at most {MOST_VIEWS}")
+    if not 0.0 <= config.game.smooth <= 1.0:
+        raise UsageError(f"--smooth {config.game.smooth:g}: must lie in [0, 1]")
     for flag, number in (("--eta", config.game.eta), ("--lr", config.game.lr), ("--alpha", config.game.alpha)):
         if not 0 < number < float("inf"):
             raise UsageError(f"{flag} {number}: must be a positive number")
@@ -81,23 +83,32 @@ def check_sizes(config: Config, n: int) -> None:
             raise UsageError(f"--gamma {gamma:g} of {n:,} images is less than one image; raise it")
 
 
+def work(config: Config, n: int) -> tuple[int, int, int]:
+    """(sweeps, training steps, forward-equivalents) of mining a pool of ``n`` images."""
+    game = config.game
+    stepwise = game.rule in rules.STEPWISE
+    sweeps = (0 if stepwise else game.effective_rounds) or int(config.guarded)
+    steps = game.steps * (game.effective_rounds - (not stepwise))
+    # A step: forward and backward (two forwards) on 2 x batch. Neighbours take a forward of the ID set: not counted.
+    return sweeps, steps, sweeps * game.views * n + 6 * game.batch * steps
+
+
 def plan(config: Config, pool: Pool) -> str:
     """What a run would do and cost, in words. Raises UsageError for a gamma of less than one image."""
     game, n = config.game, eligible(pool)
     check_sizes(config, n)
-    sweeps = (0 if game.rule in rules.STEPWISE else game.rounds) or int(config.guarded)
-    steps = game.steps * (game.rounds if game.rule in rules.STEPWISE else game.rounds - 1)
-    forwards = sweeps * n + 6 * game.batch * steps  # a step: forward and backward (2 forwards) on 2 x batch
+    sweeps, steps, forwards = work(config, n)
     cache = pool.count * config.data.size**2 * 3
     source = f"checkpoint {config.data.checkpoint}" if config.data.checkpoint else "pre-trained on the ID set first"
     guard = config.selection.exclude_near_id
+    spared = f"leaves out what is nearer to ID than {guard:.0%} of the ID images" if guard else "off"
     lines = [
         f"pool        {pool.name}: {n:,} images in {len(pool.shards):,} shards ({pool.path})",
         f"ID          {config.data.id}; classifier {config.data.model}, {source}",
-        f"game        {game.rule}: {sweeps} sweeps, {steps:,} training steps",
+        f"game        {game.rule}: {sweeps} sweep(s) of {game.views} view(s), {steps:,} training steps",
         f"cost        {forwards:,} forward-equivalents + pre-training; the released recipe: {10 * 50 * 49_920:,}",
         f"cache       {cache:,} bytes of decoded pixels, unless they are there already",
-        f"leak guard  leaves out {guard:.0%}; strata {config.strata_for(pool.count):,}",
+        f"leak guard  {spared}; strata {config.strata_for(pool.count):,}",
     ]
     for gamma in config.selection.gamma:
         size = int(Fraction(repr(gamma)) * n)

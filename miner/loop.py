@@ -14,19 +14,20 @@ from typing import Any
 import numpy as np
 import ray
 
-from miner import rules
+from miner import baselines, rules
 from miner.cluster import Crew
-from miner.config import Config
+from miner.config import ONE_SWEEP, Config
 from miner.errors import MinerError
+from miner.guard import NO_CLASS, class_means, near_id
 from miner.progress import Display
 from miner.rays import get
-from miner.rules import RootSums, Sums
+from miner.rules import Sums
 from miner.run_dir import RunDir, write_file, write_json
+from miner.stepwise import stepwise_round
 
 BLOCK = 4096  # images a scoring message; cut by shard, so that arithmetic does not change with the actors
 IN_FLIGHT = 3  # blocks on their way to one trainer
 CHUNK_STEPS = 16  # training steps a message
-_REFERENCE_SALT = 0x5EED
 
 
 @dataclass
@@ -38,14 +39,15 @@ class Game:
     run: RunDir
     display: Display
     on_round: Callable[[dict[str, Any]], None]
+    near: float = np.inf  # cosine to the ID set above which the leak guard leaves out; needed in the first round only
     scale: float = 0.0  # spread of the first sweep's losses; 0: not known yet
 
     def play(self, first: int) -> None:
         """Rounds ``first`` to the last one."""
-        for round_ in range(first, self.config.game.rounds):
+        for round_ in range(first, self.config.game.effective_rounds):
             started = time.monotonic()
             if self.config.game.rule in rules.STEPWISE:
-                record = self.stepwise_round(round_)
+                record = stepwise_round(self, round_)
             else:
                 record = self.sweep_round(round_)
             record = {"round": round_} | record | {"seconds": round(time.monotonic() - started, 3)}
@@ -57,7 +59,7 @@ class Game:
         """Score the whole pool once, update every weight, train unless it is the last round."""
         record = self.sweep(round_)
         record |= self.update(round_)
-        if round_ + 1 < self.config.game.rounds:
+        if round_ + 1 < self.config.game.effective_rounds:
             record |= self.train(round_, self.draw(round_))
         return record
 
@@ -68,7 +70,7 @@ class Game:
         crew = self.crew
         counts = crew.each("open_sweep")
         blocks = [(s, start) for s in range(len(counts)) for start in range(0, counts[s], BLOCK)]
-        self.display.phase(f"round {round_ + 1}/{self.config.game.rounds} score", sum(counts))
+        self.display.phase(f"round {round_ + 1}/{self.config.game.effective_rounds} score", sum(counts))
         started = time.monotonic()
         busy: dict[Any, tuple[int, int, int]] = {}  # scores on their way -> (trainer, shard, start)
         taken: list[Any] = []
@@ -83,7 +85,9 @@ class Game:
         while busy:
             taken.append(self._reap(busy, load))
         get(taken)
-        crew.each("close_sweep", round_)
+        smooth = self.config.game.smooth
+        means = class_means(crew.each("class_sums")) if smooth else np.zeros(0)
+        crew.each("close_sweep", round_, smooth, means)
         record = {
             "scored": sum(counts),
             "score_images_per_s": round(sum(counts) / (time.monotonic() - started), 1),
@@ -105,18 +109,23 @@ class Game:
         return self.crew.owner[shard].take_scores.remote(shard, start, scores)
 
     def guard(self) -> dict[str, Any]:
-        """Exclude the share of the pool nearest to the ID set (DESIGN: the leak guard is part of the method)."""
-        share = self.config.selection.exclude_near_id
-        if share <= 0:
+        """Leave out what is too near the ID set (DESIGN: the leak guard is part of the method)."""
+        if self.config.selection.exclude_near_id <= 0:
             return {}
-        cosines = np.concatenate(self.crew.each("guard_cosines")).astype(np.float64)
-        threshold = float(np.quantile(cosines, 1.0 - share))
-        excluded = sum(self.crew.each("guard", threshold))
+        parts = self.crew.each("guard_columns")
+        cosine, label = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        if self.config.selection.guard == "image":
+            label = np.full_like(label, NO_CLASS)
+        near = near_id(cosine, label, self.near)
+        ends = np.cumsum([len(column) for column, _ in parts])[:-1]
+        self.crew.each("guard", per_shard=[(mask,) for mask in np.split(near, ends)])
+        classes = len(np.setdiff1d(label[near], [NO_CLASS]))
         self.display.say(
-            f"leak guard: {excluded:,} of {len(cosines):,} images left out as near ID "
-            f"(cosine of the 50th ID neighbour above {threshold:.4f})"
+            f"leak guard: {near.sum():,} of {len(near):,} images left out as near ID"
+            + (f", {classes:,} whole classes" if classes else "")
+            + f" (cosine of the 50th ID neighbour above {self.near:.4f})"
         )
-        return {"near_id_cosine": threshold, "near_id_excluded": excluded}
+        return {"near_id_cosine": self.near, "near_id_excluded": int(near.sum())}
 
     # --- update ------------------------------------------------------------------------------------------------
 
@@ -125,6 +134,8 @@ class Game:
         before = rules.add_sums(self.crew.each("sums"))
         self.scale = self.scale or rules.loss_std(before)
         level = self.equilibrium_level() if self.config.game.rule == "equilibrium" else 0.0
+        if self.config.game.rule in ONE_SWEEP:
+            self.order(round_)
         new_weight = sum(self.crew.each("update", round_, before, self.scale, level))
         if not np.isfinite(new_weight) or new_weight <= 0:
             raise MinerError(
@@ -138,6 +149,14 @@ class Game:
         self.crew.each("normalise", round_, factor, cap)
         after = rules.add_sums(self.crew.each("sums"))
         return describe(before, after)
+
+    def order(self, round_: int) -> None:
+        """Weights by the place in one order of the whole pool: ``ntom``, ``dos`` and ``poem``."""
+        parts = self.crew.each("sweep_columns")
+        sweep = baselines.Sweep(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        weights = baselines.weights(self.config.game.rule, sweep)
+        shares = np.split(weights, np.cumsum([len(part.loss) for part in parts])[:-1])
+        self.crew.each("take_weights", round_, per_shard=[(share,) for share in shares])
 
     def equilibrium_level(self) -> float:
         """The L at which L_out of the equilibrium weights is L itself."""
@@ -166,14 +185,14 @@ class Game:
         order = np.argsort(keys, kind="stable")[:wanted]
         if not len(order):
             raise MinerError(
-                "no image has any weight left to draw; start anew, with a lower --exclude-near-id, in another --out"
+                "no image has any weight left to draw; start anew, with a higher --exclude-near-id, in another --out"
             )
         return np.resize(places[order], (wanted, 2))
 
     def train(self, round_: int, places: np.ndarray) -> dict[str, Any]:
         """Training steps on the drawn background images, in chunks; the last theta goes to every trainer."""
         game = self.config.game
-        self.display.phase(f"round {round_ + 1}/{game.rounds} train", len(places))
+        self.display.phase(f"round {round_ + 1}/{game.effective_rounds} train", len(places))
         entropies: list[float] = []
         losses: list[np.ndarray] = []
         for result in self._chunks(round_, places):
@@ -215,57 +234,6 @@ class Game:
             state = self.crew.trainers[0].state.remote()
             get([trainer.set_state.remote(state) for trainer in self.crew.trainers[1:]])
 
-    # --- the released update -------------------------------------------------------------------------------------
-
-    def stepwise_round(self, round_: int) -> dict[str, Any]:
-        """One epoch of ``reference``: draws ~ sqrt(w) frozen at its start, a dense weight step after each batch."""
-        if round_ == 0 and (self.config.guarded):
-            self.sweep(0)  # for the guard and the strata only; the rule does not use its losses
-        game, each = self.config.game, self.crew.each
-        sums = _add_roots(each("root_sums"))
-        places = self.reference_draw(round_)
-        self.display.phase(f"round {round_ + 1}/{game.rounds} {game.rule}", len(places))
-        shards = range(len(self.crew.owner))
-        estimates, entropies = [], []
-        for step in range(game.steps):
-            batch = places[step * game.batch : (step + 1) * game.batch]
-            inside = [np.flatnonzero(batch[:, 0] == s) for s in shards]
-            rows = [batch[members, 1] for members in inside]
-            factor = np.empty(len(batch))
-            for members, part in zip(inside, each("factors", sums, per_shard=[(r,) for r in rows]), strict=True):
-                factor[members] = part
-            entropy, loss = get(self.submit(round_, step, batch, factor))
-            loss = loss.astype(np.float64)
-            root = factor * sums.weight / sums.root  # the factor is (m / wbar) sqrt(w)
-            root_loss = float((root * loss).mean())
-            per_shard = [(r, loss[members]) for r, members in zip(rows, inside, strict=True)]
-            sums = _add_roots(each("reference_step", root_loss, game.batch, game.alpha, sums, per_shard=per_shard))
-            estimates.append(float((factor * loss).mean()))
-            entropies += entropy
-            self.display.advance(len(batch), note=f"L_out {estimates[-1]:.4f}")
-        self.share_theta()
-        ess = rules.effective_sample_size(rules.add_sums(each("sums")))
-        return {
-            "l_out": float(np.mean(estimates)),
-            "effective_sample_size": ess,
-            "train_steps": game.steps,
-            "train_cross_entropy": float(np.mean(entropies)),
-        }
-
-    def reference_draw(self, round_: int) -> np.ndarray:
-        """(shard, row) of the epoch's draws ~ sqrt(w), with replacement, int64 ``[steps * batch, 2]``."""
-        game = self.config.game
-        rng = np.random.Generator(np.random.Philox(key=[self.config.data.seed, _REFERENCE_SALT + round_]))
-        masses = np.array([part.root for part in self.crew.each("root_sums")])
-        edges = np.concatenate([[0.0], np.cumsum(masses)])
-        targets = rng.random(game.steps * game.batch) * edges[-1]
-        shard = np.minimum(np.searchsorted(edges, targets, side="right") - 1, len(masses) - 1)
-        places = np.stack([shard, np.zeros_like(shard)], 1)
-        wanted = [(targets[shard == s] - edges[s],) for s in range(len(masses))]
-        for s, rows in enumerate(self.crew.each("locate", per_shard=wanted)):
-            places[shard == s, 1] = rows
-        return places
-
     # --- commit --------------------------------------------------------------------------------------------------
 
     def commit(self, round_: int) -> None:
@@ -296,10 +264,3 @@ def describe(before: Sums, after: Sums) -> dict[str, Any]:
         "l_out": rules.l_out(after),
         "effective_sample_size": rules.effective_sample_size(after),
     }
-
-
-def _add_roots(parts: list[RootSums]) -> RootSums:
-    total = np.zeros(3)
-    for part in parts:
-        total = total + np.asarray(part)
-    return RootSums(*(float(x) for x in total))

@@ -16,19 +16,18 @@ from torch.utils.tensorboard import SummaryWriter
 
 from miner import cluster, ranking
 from miner.config import Config
+from miner.frozen import look_ups
 from miner.inputs import check, check_sizes, duplicates, eligible, open_pool
 from miner.loop import Game
-from miner.neighbors import POINTS_PER_STRATUM
 from miner.progress import Display
 from miner.rays import connect, get
 from miner.run_dir import RunDir, write_json
-from miner.subset import write_subset
-from miner.weights import FORMAT_VERSION, REASONS, load_weights
+from miner.subset import class_histogram, write_subset
+from miner.weights import FORMAT_VERSION, excluded_counts, load_weights
 from trainers import models
 from trainers.checkpoint import load_net, pack, save_checkpoint, unpack
 from trainers.data import load_id
-
-_SAMPLE_SALT = 2  # who is in the k-means sample
+from trainers.image_set import ImageSet
 
 
 @dataclass
@@ -129,11 +128,13 @@ class Mining:
     # --- the game ------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Decode every shard once, mark duplicates and what does not decode."""
+        """Decode every shard once, mark duplicates, images of the ID set, and what does not decode."""
         self.uid_N2, repeated = duplicates(self.pool)
         counts = [shard.count for shard in self.pool.shards]
         self.display.phase("decode", sum(counts))
-        jobs = {actor.prepare.remote(shard, repeated[shard]): shard for shard, actor in enumerate(self.crew.owner)}
+        known = ImageSet("ID", (self.id_set.train_images, self.id_set.test_images)).digests()
+        digests, owner = ray.put(np.unique(known)), self.crew.owner
+        jobs = {actor.prepare.remote(shard, repeated[shard], digests): shard for shard, actor in enumerate(owner)}
         self.undecodable: list[str] = []
         found: dict[int, list[str]] = {}
         while jobs:
@@ -152,10 +153,8 @@ class Mining:
 
         def on_round(record: dict[str, Any]) -> None:
             self.display.figures = f"L_out {record['l_out']:.4f}, ESS {record['effective_sample_size']:,.0f}"
-            self.display.say(
-                f"round {record['round'] + 1}/{self.config.game.rounds}: {self.display.figures} (effective size), "
-                f"{record['seconds']:.1f} s"
-            )
+            number = f"round {record['round'] + 1}/{self.config.game.effective_rounds}"
+            self.display.say(f"{number}: {self.display.figures} (effective size), {record['seconds']:.1f} s")
             for name, value in record.items():
                 if name != "round" and isinstance(value, (int, float)):
                     writer.add_scalar(name, value, record["round"])
@@ -165,27 +164,10 @@ class Mining:
             self.display.say(f"resuming {self.dir.path} after {first} committed rounds")
             game.restore(first - 1)
         else:
-            self.look_ups()
+            images = len(self.id_set.train_images)
+            game.near = look_ups(self.config, self.crew, self.pool, self.uid_N2, images, self.display)
         game.play(first)
         writer.close()
-
-    def look_ups(self) -> None:
-        """Index the ID set and fit the strata, under the frozen classifier, on every trainer."""
-        get([trainer.look_up_id.remote() for trainer in self.crew.trainers])
-        strata = self.config.strata_for(self.pool.count)
-        if strata <= 1:
-            return
-        self.display.phase("strata", 1)
-        uniform = ranking.uniform(self.uid_N2, self.config.data.seed, _SAMPLE_SALT)
-        eligible = np.concatenate([c["eligible"] for c in self.crew.each("ranking_columns")])
-        sample = np.argsort(np.where(eligible, uniform, np.inf), kind="stable")[: eligible.sum()]
-        sample = np.sort(sample[: strata * POINTS_PER_STRATUM])
-        edges, parts = self.pool.edges, []
-        for shard, actor in enumerate(self.crew.owner):
-            rows = sample[(sample >= edges[shard]) & (sample < edges[shard + 1])] - edges[shard]
-            parts.append(actor.rows_of.remote(shard, rows))
-        centroids = self.crew.trainers[0].fit_strata.remote(min(strata, len(sample)), *parts)
-        get([trainer.set_centroids.remote(centroids) for trainer in self.crew.trainers])
 
     # --- ranking and subsets -------------------------------------------------------------------------------------
 
@@ -211,7 +193,7 @@ class Mining:
             "format_version": FORMAT_VERSION,
             "pool_fingerprint": self.pool.fingerprint,
             "run_id": self.run_id,
-            "rounds": game.rounds,
+            "rounds": game.effective_rounds,
             "seed": data.seed,
             "rule": game.rule,
             "draw": self.config.draw,
@@ -257,8 +239,6 @@ class Mining:
 
     def summary(self, table: pa.Table, subsets: dict[str, dict[str, Any]], accuracy: float | None) -> dict[str, Any]:
         """What the run found, for people and scripts."""
-        reasons = pc.value_counts(table["excluded_by"].cast(pa.string())).to_pylist()
-        excluded = {r["values"]: r["counts"] for r in reasons if r["values"]}
         return {
             "pool": self.pool.name,
             "pool_path": self.pool.path,
@@ -268,8 +248,8 @@ class Mining:
             "model": self.config.data.model,
             "accuracy": accuracy,
             "rule": self.config.game.rule,
-            "rounds": self.config.game.rounds,
-            "excluded": {reason: excluded.get(reason, 0) for reason in REASONS[1:]},
+            "rounds": self.config.game.effective_rounds,
+            "excluded": excluded_counts(table),
             "undecodable": self.undecodable[:20],
             "subsets": {
                 name: {k: s[k] for k in ("gamma", "count", "clipped_share", "effective_sample_size")}
@@ -279,13 +259,6 @@ class Mining:
             "trainers": get([trainer.where.remote() for trainer in self.crew.trainers]),
             "seconds": {name: round(value, 2) for name, value in self.times.items()},
         }
-
-
-def class_histogram(chosen: pa.Table, classes: tuple[str, ...]) -> dict[str, int]:
-    """How many chosen images each pool class has, most frequent first."""
-    counts = pc.value_counts(chosen["label"].drop_null()).to_pylist()
-    counts.sort(key=lambda c: (-c["counts"], c["values"]))
-    return {classes[c["values"]] if c["values"] < len(classes) else str(c["values"]): c["counts"] for c in counts}
 
 
 def _portable(settings: dict[str, Any]) -> dict[str, Any]:

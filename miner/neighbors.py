@@ -4,7 +4,7 @@ Features are penultimate features of the *frozen* ID-trained classifier, never o
 the game pulls about. FAISS runs on the GPU when faiss-gpu is installed and a GPU is visible, on the CPU else.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -14,6 +14,7 @@ from miner.errors import MinerError
 
 K_NEAREST = 50  # the leak guard judges by the 50th neighbour: one odd ID image should not condemn
 _SPARE = 14  # more candidates than needed, so that float32 search noise cannot decide who is 50th
+WHITENED = 48  # axes that strata are found in
 POINTS_PER_STRATUM = 64  # k-means sees this many images a stratum
 
 Features = NDArray[np.float32]
@@ -61,29 +62,60 @@ class NearestID:
         )
 
 
-def fit_strata(features_SD: Features, strata: int, seed: int, threads: int) -> Features:
-    """k-means centroids ``[strata, D]`` of unit features: one stratum a centroid. MinerError if any is not finite."""
-    faiss.omp_set_num_threads(threads)
-    sample = unit(features_SD)
-    if not np.isfinite(sample).all():
+def check_finite(features_ND: Features) -> Features:
+    """``features_ND`` as they are; MinerError if any is not finite."""
+    if not np.isfinite(features_ND).all():
         raise MinerError(
             "features are not finite: the classifier has diverged; start anew from another --checkpoint and --out"
         )
+    return features_ND
+
+
+class Strata(NamedTuple):
+    """Clusters of what images look like: an image's stratum is the nearest centroid to ``(x - centre) @ axes``."""
+
+    centre: Features  # [F]
+    axes: Features  # [F, P]
+    centroids: Features  # [strata, P]
+
+    def assign(self, looks_BF: Features) -> NDArray[np.int32]:
+        """Stratum of each row, int32 ``[B]``; distances in float64, ties to the smaller centroid."""
+        points = (looks_BF.astype(np.float64) - self.centre) @ self.axes.astype(np.float64)
+        centroids = self.centroids.astype(np.float64)
+        squared = (centroids**2).sum(axis=1)[None, :] - 2.0 * points @ centroids.T
+        return squared.argmin(axis=1).astype(np.int32)
+
+
+def fit_strata(looks_SF: Features, strata: int, seed: int, threads: int, whiten: int = WHITENED) -> Strata:
+    """k-means clusters of ``looks_SF`` float32 ``[S, F]`` in its ``whiten`` strongest principal axes.
+
+    Each axis is scaled to variance 1, so that no layer's scale decides; 0 leaves the rows as they are. MinerError if
+    any value is not finite.
+    """
+    check_finite(looks_SF)
+    centre, axes = np.zeros(looks_SF.shape[1], np.float32), np.eye(looks_SF.shape[1], dtype=np.float32)
+    if whiten:
+        centre, axes = _whitening(looks_SF.astype(np.float64), whiten)
+    faiss.omp_set_num_threads(threads)
     kmeans = faiss.Kmeans(
-        sample.shape[1],
+        axes.shape[1],
         strata,
         niter=20,
         seed=seed & 0x7FFFFFFF,
         min_points_per_centroid=1,
         max_points_per_centroid=POINTS_PER_STRATUM,
     )
-    kmeans.train(sample)
-    return np.asarray(kmeans.centroids, dtype=np.float32)
+    kmeans.train(np.ascontiguousarray((looks_SF - centre) @ axes))
+    return Strata(centre, axes, np.asarray(kmeans.centroids, dtype=np.float32))
 
 
-def assign_strata(features_BD: Features, centroids_KD: Features) -> NDArray[np.int32]:
-    """Nearest centroid of each row, int32 ``[B]``; distances in float64, ties to the smaller centroid."""
-    points = unit(features_BD).astype(np.float64)
-    centroids = centroids_KD.astype(np.float64)
-    squared = (centroids**2).sum(axis=1)[None, :] - 2.0 * points @ centroids.T
-    return squared.argmin(axis=1).astype(np.int32)
+def _whitening(looks_SF: NDArray[np.float64], most: int) -> tuple[Features, Features]:
+    """(centre [F], axes [F, P]): the strongest principal axes of the standardised columns, scaled to variance 1."""
+    centre, spread = looks_SF.mean(axis=0), looks_SF.std(axis=0)
+    scale = 1.0 / np.where(spread > 1e-6, spread, np.inf)  # a column that never changes says nothing
+    standard = (looks_SF - centre) * scale
+    variance, direction = np.linalg.eigh(standard.T @ standard / len(standard))
+    kept = np.argsort(-variance, kind="stable")[:most]
+    kept = kept[variance[kept] > 1e-6]
+    axes = scale[:, None] * direction[:, kept] / np.sqrt(variance[kept])
+    return centre.astype(np.float32), axes.astype(np.float32)

@@ -122,7 +122,7 @@ def subset_size(rows: Rows, gamma: float, n: int, draw: str, seed: int) -> int:
     if size > available:
         raise MinerError(
             f"--gamma {gamma:g} asks for {size:,} of {n:,} images but only {available:,} are left after exclusions; "
-            "lower --gamma or --exclude-near-id"
+            "lower --gamma, or spare more of the pool: raise --exclude-near-id, or 0 for no leak guard"
         )
     return size
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-RULES = ("hedge", "paper", "reference", "equilibrium", "uniform", "toploss")
 STEPWISE = ("reference",)  # these move the weights inside the training steps, not in a sweep
 REFERENCE_LR = 100.0  # the released code's SGD on the weight parameters: constant rate, momentum 0.9
 REFERENCE_MOMENTUM = 0.9

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -84,6 +85,13 @@ def write_subset(
     }
     write_json(folder / "subset.json", content)
     return content
+
+
+def class_histogram(chosen: pa.Table, classes: tuple[str, ...]) -> dict[str, int]:
+    """How many chosen images each pool class has, most frequent first."""
+    counts = pc.value_counts(chosen["label"].drop_null()).to_pylist()
+    counts.sort(key=lambda c: (-c["counts"], c["values"]))
+    return {classes[c["values"]] if c["values"] < len(classes) else str(c["values"]): c["counts"] for c in counts}
 
 
 def _places(pool: Pool, chosen: pa.Table) -> dict[str, np.ndarray]:

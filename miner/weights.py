@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from miner import rules
 from miner.errors import MinerError
@@ -14,7 +15,14 @@ from miner.files import atomic
 from miner.rules import Floats, Sums
 
 FORMAT_VERSION = 1
-REASONS = ("", "exclude-list", "duplicate", "decode", "near-id")  # codes of ``excluded``; "" is eligible
+REASONS = (
+    "",
+    "exclude-list",
+    "duplicate",
+    "decode",
+    "near-id",
+    "id-duplicate",
+)  # codes of ``excluded``; "" is eligible
 
 TABLE = pa.schema(
     [
@@ -24,7 +32,7 @@ TABLE = pa.schema(
         pa.field("row", pa.int32(), nullable=False),  # row within the shard
         pa.field("label", pa.int32()),  # the pool's own class index
         pa.field("weight", pa.float32(), nullable=False),  # mean 1 over eligible rows; 0 where excluded
-        pa.field("loss", pa.float32()),  # latest uniformity loss (paper Eq. 5)
+        pa.field("loss", pa.float32()),  # latest uniformity loss (paper Eq. 5), over views and smoothed
         pa.field("loss_mean", pa.float32()),  # over all visits
         pa.field("visits", pa.uint32(), nullable=False),
         pa.field("rank", pa.uint64()),  # a gamma-subset is rank < floor(gamma N); null where excluded
@@ -48,6 +56,7 @@ _LIVE = {
     "nn_id_cosine": np.float32,
     "nn50_id_cosine": np.float32,
     "stratum": np.int32,
+    "boundary": np.float32,  # poem: |w'z| of one posterior draw w; NaN under every other rule
 }
 
 
@@ -67,7 +76,7 @@ class ShardState:
         columns = {name: np.zeros(rows, dtype) for name, dtype in _LIVE.items()}
         if rule not in ("hedge", "reference"):
             columns["state"] += 1.0
-        for name in ("loss", "nn_id_cosine", "nn50_id_cosine"):
+        for name in ("loss", "nn_id_cosine", "nn50_id_cosine", "boundary"):
             columns[name] += np.float32(np.nan)
         columns["nn_id_row"] -= 1
         return cls(rule, columns)
@@ -189,3 +198,10 @@ def load_weights(run: str | os.PathLike[str]) -> pa.Table:
     if not files:
         raise MinerError(f"{run}: no weights/shard-*.arrow here; finish the run first")
     return pa.concat_tables([read_arrow(path) for path in files])
+
+
+def excluded_counts(table: pa.Table) -> dict[str, int]:
+    """How many rows of a weights table each reason took out, every reason named."""
+    counts = pc.value_counts(table["excluded_by"].cast(pa.string())).to_pylist()
+    found = {count["values"]: count["counts"] for count in counts}
+    return {reason: found.get(reason, 0) for reason in REASONS[1:]}

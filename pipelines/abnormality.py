@@ -58,7 +58,7 @@ def main() -> None:
     from trainers.abnormality import save_abnormality, train_abnormality
     from trainers.checkpoint import open_checkpoint
     from trainers.image_set import ImageSet
-    from trainers.sets import open_images, refuse_overlap
+    from trainers.sets import open_outliers, refuse_overlap
 
     torch.set_num_threads(config.threads)
     net, meta = open_checkpoint(config.checkpoint)
@@ -72,11 +72,9 @@ def main() -> None:
     facts: dict[str, Any] = {"id": spec, "seed": config.seed, "outliers": None}
     outliers = None
     if config.outliers:
-        sets = open_images(config.outliers, size, config.seed)
-        if len(sets) > 1:
-            raise UsageError(f"--outliers {config.outliers}: holds {len(sets)} sets of images; name one")
-        refuse_overlap(sets[0], {"the ID test set": ImageSet("ID test", (id_set.test_images,))}, config.allow_overlap)
-        outliers, facts["outliers"] = sets[0].take(np.arange(len(sets[0]))), sets[0].origin
+        found = open_outliers(config.outliers, size, config.seed)
+        refuse_overlap(found, {"the ID test set": ImageSet("ID test", (id_set.test_images,))}, config.allow_overlap)
+        outliers, facts["outliers"] = found.take(np.arange(len(found))), found.origin
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Display() as display:
         module, report = train_abnormality(net, id_set, config.training, config.seed, device, Steps(display), outliers)

@@ -14,11 +14,11 @@ from pipelines.judge import (
     MEAN,
     MISCLASSIFICATION,
     NO_SCORE,
+    OF_PROBABILITIES,
     REJECTION,
     REPEATED,
     Judged,
 )
-from pipelines.judge import OF_PROBABILITIES as PROBABILITIES
 from trainers.metrics import MISD_METRICS, OOD_METRICS, UP
 
 TRIPLE = ("auroc", "aupr_ood", "fpr95_ood_detected")
@@ -65,7 +65,7 @@ class Evaluated:
 
     def value(self, score: str, group: str, set_name: str, protocol: str, metric: str) -> float:
         """One figure; NaN where there is none, as for the reject score of a checkpoint without a reject class."""
-        owner = NO_SCORE if metric in PROBABILITIES or protocol == FEATURES else score
+        owner = NO_SCORE if metric in OF_PROBABILITIES or protocol == FEATURES else score
         return self.judged.values.get((owner, group, set_name, protocol, metric), math.nan)
 
 
@@ -200,7 +200,7 @@ def _figures(result: Evaluated, score: str, group: str, name: str, protocol: str
 
 def errors_complete(results: Sequence[Evaluated]) -> list[Table]:
     """Every misclassification metric, feature uniformity, and each corruption's accuracy."""
-    ranking = [metric for metric in MISD_METRICS if metric not in PROBABILITIES]
+    ranking = [metric for metric in MISD_METRICS if metric not in OF_PROBABILITIES]
     rows, own = [], []
     for r in results:
         where = (ID, r.judged.id_name)
@@ -208,11 +208,11 @@ def errors_complete(results: Sequence[Evaluated]) -> list[Table]:
             cells = [cell(r.value(score, *where, MISCLASSIFICATION, metric), metric, 2) for metric in ranking]
             cells += [cell(r.value(score, *where, REJECTION, metric), metric, 2) for metric in _REJECTING]
             rows.append([f"{r.name}, {score}", *cells])
-        cells = [cell(r.value("", *where, MISCLASSIFICATION, metric), metric, 2) for metric in PROBABILITIES]
+        cells = [cell(r.value("", *where, MISCLASSIFICATION, metric), metric, 2) for metric in OF_PROBABILITIES]
         cells += [cell(r.value("", *where, FEATURES, metric), metric) for metric in ("intra", "inter", "fsu")]
         own.append([r.name, *cells])
     tables = [
-        Table("Classifiers", ["", *map(arrow, PROBABILITIES), "π_intra", "π_inter", "FSU"], own),
+        Table("Classifiers", ["", *map(arrow, OF_PROBABILITIES), "π_intra", "π_inter", "FSU"], own),
         Table("Misclassification detection", ["", *map(arrow, [*ranking, *_REJECTING])], rows),
     ]
     return tables + [table for result in results for table in _each_corruption(result, scores_of(results)[0])]

@@ -94,6 +94,16 @@ def section(name: str, title: str, intro: str, body: str) -> str:
     return f'\n<section id="{name}"><h2>{escape(title)}</h2><p>{escape(intro)}</p>{body}</section>'
 
 
+def folded(title: str, body: str, open_: bool = False) -> str:
+    """``body`` (HTML) behind a line that opens it."""
+    return f"<details{' open' * open_}><summary>{escape(title)}</summary>{body}</details>"
+
+
+def grid(plots: Sequence[str]) -> str:
+    """Plots beside each other, as many as fit."""
+    return f'<div class="plots">{"".join(plots)}</div>'
+
+
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
     """Cards of a term and its value."""
     cards = (f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in pairs)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import CPU, QUICK, silent
 from sklearn.metrics import roc_auc_score
 
 from miner import demo
@@ -23,24 +24,12 @@ from trainers.abnormality import (
 )
 from trainers.abnormality_config import AbnormalityConfig
 from trainers.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
-from trainers.config import PretrainConfig
-from trainers.data import IdSet, load_id, normalise
+from trainers.data import IdSet, normalise
 from trainers.fit import pretrain
 from trainers.train import place, predict
 
-CPU = torch.device("cpu")
-QUICK = PretrainConfig(epochs=3, batch=64, lr=0.1)
 SHORT = AbnormalityConfig(decoder_epochs=6, risk_epochs=3)
 BRIEF = AbnormalityConfig(decoder_epochs=1, risk_epochs=1, batch=48)
-
-
-def silent(report: dict) -> None:
-    pass
-
-
-@pytest.fixture(scope="module")
-def digits() -> IdSet:
-    return load_id("demo")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
+from helpers import CPU, QUICK, silent
 
 from miner.errors import MinerError, UsageError
 from pipelines import cli, eval_page, evaluate
@@ -23,9 +23,9 @@ from pipelines.eval_tables import Evaluated, cell, summary
 from pipelines.evaluate import EvaluateConfig, write
 from pipelines.judge import MEAN, NO_SCORE, judge, judge_corrupted, open_id
 from trainers import metrics, models, scores
-from trainers.abnormality import AbnormalityConfig, save_abnormality, train_abnormality
+from trainers.abnormality import save_abnormality, train_abnormality
+from trainers.abnormality_config import AbnormalityConfig
 from trainers.checkpoint import open_checkpoint, save_checkpoint
-from trainers.config import PretrainConfig
 from trainers.data import IdSet, load_id
 from trainers.fit import pretrain
 from trainers.image_set import ImageSet
@@ -33,7 +33,6 @@ from trainers.sets import open_images, record
 
 SIZE = 16  # px
 OUT = [3, 7]  # classes of "held"
-CPU = torch.device("cpu")
 
 
 def meta(id_set: IdSet, **more: object) -> dict:
@@ -56,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, id_set: IdSet) -> Path:
         "held": models.create("small", 8),
     }
     for net in (nets["plain"], nets["reject"]):
-        pretrain(net, few, PretrainConfig(epochs=3, batch=64, lr=0.1), 0, CPU, lambda _: None)
+        pretrain(net, few, QUICK, 0, CPU, silent)
     about = {
         "plain": meta(id_set),
         "reject": meta(id_set, reject=True, method="openmix"),
@@ -208,7 +207,7 @@ def test_the_judge_works_on_plain_arrays(folder: Path, id_set: IdSet) -> None:
 def test_abnormality_risk_is_one_more_score(folder: Path, id_set: IdSet, tmp_path: Path) -> None:
     net, _ = open_checkpoint(folder / "plain")
     few = replace(id_set, train_images=id_set.train_images[:96], train_labels=id_set.train_labels[:96])
-    module, _ = train_abnormality(net, few, AbnormalityConfig(1, 1, 48), 0, CPU, lambda _: None)
+    module, _ = train_abnormality(net, few, AbnormalityConfig(1, 1, 48), 0, CPU, silent)
     save_abnormality(tmp_path / "module.safetensors", module, {})
     asked = config(folder, "plain", scores=("msp",), abnormality=tmp_path / "module.safetensors")
     judged = evaluate.evaluate(asked)[0].judged

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import CPU, silent
 from safetensors.torch import save_file
 
 from miner import demo
@@ -21,7 +22,7 @@ from pipelines.train import defaults
 from trainers import models
 from trainers.checkpoint import load_checkpoint, load_net, open_checkpoint, save_checkpoint
 from trainers.config import PretrainConfig, TrainConfig
-from trainers.data import IdSet, load_id
+from trainers.data import IdSet
 from trainers.fit import Loop, World, fit, mean_energies, pretrain
 from trainers.image_set import ImageSet
 from trainers.recipes import METHODS, Objective, Recipe, default_recipe, preset
@@ -29,13 +30,10 @@ from trainers.stream import Stream
 from trainers.train import predict, uniformity
 from trainers.training import train
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture(scope="module")
-def digits() -> IdSet:
-    whole = load_id("demo")
-    return replace(whole, train_images=whole.train_images[:640], train_labels=whole.train_labels[:640])
+def digits(digits) -> IdSet:
+    return replace(digits, train_images=digits.train_images[:640], train_labels=digits.train_labels[:640])
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def background() -> ImageSet:
 def start(digits, tmp_path_factory) -> Path:
     """A classifier of the demo digits, six epochs old."""
     net = models.create("small", 10, seed=1)
-    pretrain(net, digits, PretrainConfig(epochs=6, batch=64, lr=0.1), 0, CPU, lambda _: None)
+    pretrain(net, digits, PretrainConfig(epochs=6, batch=64, lr=0.1), 0, CPU, silent)
     path = tmp_path_factory.mktemp("start") / "net.safetensors"
     save_checkpoint(path, net, {"model": "small", "classes": list(digits.classes)})
     return path
@@ -65,7 +63,7 @@ def tuned(method: str, digits: IdSet, background: ImageSet, start: Path, **chang
         recipe,
         0,
         CPU,
-        lambda _: None,
+        silent,
         on_epoch=lambda epoch, state, record: records.append(record),
     )
     return net, records
@@ -319,18 +317,18 @@ def test_a_loss_that_is_not_finite_is_one_line(digits, background):
     net = models.create("small", 10)
     recipe = Recipe(Objective(expose=0.5), epochs=2, batch=64, batch_outliers=64, lr=1e30)
     with pytest.raises(MinerError, match=r"training, epoch 1, step \d: the loss is not finite \(ce .*expose .*--lr\)"):
-        fit(net, digits, background, recipe, 0, CPU, lambda _: None)
+        fit(net, digits, background, recipe, 0, CPU, silent)
 
 
 def test_sizes_and_workers_that_do_not_fit(digits, background):
     net = models.create("small", 10)
     small = ImageSet("small", (np.zeros((5, 16, 16, 3), np.uint8),))
     with pytest.raises(MinerError, match=r"outliers are \[16, 16, 3\], ID images \[32, 32, 3\]"):
-        fit(net, digits, small, default_recipe("oe", False), 0, CPU, lambda _: None)
+        fit(net, digits, small, default_recipe("oe", False), 0, CPU, silent)
     with pytest.raises(MinerError, match="needs outliers, and there are none"):
-        fit(net, digits, None, default_recipe("oe", False), 0, CPU, lambda _: None)
+        fit(net, digits, None, default_recipe("oe", False), 0, CPU, silent)
     with pytest.raises(UsageError, match="workers 3: must divide batch 128"):
-        fit(net, digits, background, default_recipe("oe", False), 0, CPU, lambda _: None, world=World(0, 3))
+        fit(net, digits, background, default_recipe("oe", False), 0, CPU, silent, world=World(0, 3))
 
 
 def test_the_schedule_reaches_its_ends(digits, background):

@@ -175,6 +175,7 @@ def test_a_run_leaves_weights_of_the_whole_pool(plain: Mined, pool: Pool) -> Non
         "duplicate": 1,
         "decode": 1,
         "near-id": int(near.sum()),
+        "id-duplicate": 0,
     }
     assert len(plain.summary["undecodable"]) == 1
     assert "000801" in plain.summary["undecodable"][0]

@@ -76,7 +76,7 @@ def summary(pool: Pool, count: int, rounds: int) -> dict[str, Any]:
         "accuracy": None,
         "rule": "paper",
         "rounds": rounds,
-        "excluded": {"exclude-list": 0, "duplicate": 0, "decode": 1, "near-id": count // 4},
+        "excluded": {"exclude-list": 0, "duplicate": 0, "decode": 1, "near-id": count // 4, "id-duplicate": 0},
         "undecodable": ["000000.tar: <broken>"],
         "subsets": {
             f"subset-{gamma:g}": {

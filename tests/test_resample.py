@@ -46,7 +46,7 @@ def command(module: str, *arguments: object, env: dict[str, str] | None = None) 
 
 @pytest.fixture(scope="module")
 def help_text() -> dict[str, str]:
-    names = ("resample", "shard", "report", "agree", "demo", "train", "evaluate", "abnormality")
+    names = ("resample", "shard", "report", "agree", "demo", "train", "evaluate", "abnormality", "universal")
     return {name: command(name, "--help").stdout for name in names}
 
 
@@ -81,6 +81,7 @@ def test_ci_runs_the_readme_test_command() -> None:
         (("--gamma", "1.5"), "must lie in (0, 1]"),
         (("--gamma", "0.9"), "cannot be had"),
         (("--exclude-near-id", "1"), "[0, 1)"),
+        (("--rule", "dos", "--strata", "0"), "--rule dos --strata 0"),
         (("--rounds", "0"), "--rounds 0"),
         (("--pool", "imagenet"), "python -m pipelines.shard --source folder"),
         (("--pool", "tiny-images"), "withdrew"),

@@ -36,7 +36,8 @@ def open_shards(pool: str, rule: str, eta: float = 1.0) -> PoolShards:
     """Three real shards; two rows of each but the second are left out of the game."""
     shards = PoolShards(pool, 32, 5, rule, eta)
     for shard in range(3):
-        assert shards.prepare(shard, np.array([3, 40] if shard != 1 else [], dtype=np.int64)) == []
+        repeated = np.array([3, 40] if shard != 1 else [], dtype=np.int64)
+        assert shards.prepare(shard, repeated, np.array([], "S16")) == []
     return shards
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from miner.errors import MinerError, UsageError
 from trainers import models, scores
 from trainers.abnormality import Abnormality, digest
-from trainers.data import IdSet, load_id, normalise
+from trainers.data import normalise
 from trainers.scores import NAMES, Outputs, odin, outputs, probabilities, rise, score
 
 OF_LOGITS = ("msp", "maxlogit", "energy", "neg-entropy", "ce-to-uniform", "objectosphere")
@@ -20,11 +20,6 @@ Z_REJECT = np.array([[2, 0, -1, 0.5], [0.5, 1.5, 0, 1]])  # three classes and th
 def said(logits: np.ndarray, features: np.ndarray | None = None) -> Outputs:
     """Outputs of these logits; features of length 1 unless given."""
     return Outputs(np.asarray(logits, float), np.eye(len(logits), dtype=np.float32) if features is None else features)
-
-
-@pytest.fixture(scope="module")
-def digits() -> IdSet:
-    return load_id("demo")
 
 
 @pytest.fixture(scope="module")

@@ -40,11 +40,6 @@ MIXOE = {
 CLASSES = {"aircraft": 100, "car": 196, "butterfly": 200, "bird": 255}
 
 
-@pytest.fixture(scope="module")
-def digits() -> IdSet:
-    return load_id("demo")
-
-
 def of_classes(count: int, per_class: int = 1) -> IdSet:
     """A set of 1 px images that carry their label, ``per_class`` of each class in turn."""
     labels = np.tile(np.arange(count), per_class)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import CPU, QUICK, silent
 
 from miner.errors import MinerError, UsageError
 from miner.images import png
@@ -20,26 +21,7 @@ from trainers.checkpoint import load_checkpoint, load_net, save_checkpoint
 from trainers.config import PretrainConfig
 from trainers.data import IdSet, augment, load_id, normalise
 from trainers.fit import pretrain
-from trainers.train import (
-    accuracy,
-    autocast,
-    joint_step,
-    place,
-    predict,
-    uniformity,
-)
-
-CPU = torch.device("cpu")
-QUICK = PretrainConfig(epochs=3, batch=64, lr=0.1)
-
-
-def silent(report: dict) -> None:
-    pass
-
-
-@pytest.fixture(scope="module")
-def digits() -> IdSet:
-    return load_id("demo")
+from trainers.train import accuracy, autocast, joint_step, place, predict, uniformity
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from miner.pool import INDEX_SCHEMA, uid_of
 from miner.ranking import NO_RANK
 from miner.weights import REASONS, TABLE, ShardState, final_table, load_weights, read_arrow, write_arrow
 
-RULES = ("hedge", "paper", "reference", "equilibrium", "uniform", "toploss")
+RULES = ("hedge", "paper", "reference", "equilibrium", "uniform", "toploss", "ntom", "dos", "poem")
 
 
 def filled(rule: str, rows: int, seed: int = 0) -> ShardState:
@@ -114,7 +114,7 @@ def test_the_schema_is_frozen() -> None:
         ("stratum", "int32", True),
         ("excluded_by", "dictionary<values=string, indices=int8, ordered=0>", True),
     ]
-    assert REASONS == ("", "exclude-list", "duplicate", "decode", "near-id")
+    assert REASONS == ("", "exclude-list", "duplicate", "decode", "near-id", "id-duplicate")
 
 
 def index(rows: int, shard: int = 2) -> pa.Table:

@@ -17,11 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miner.errors import MinerError
-from trainers.abnormality_config import AbnormalityConfig as AbnormalityConfig
+from trainers.abnormality_config import AbnormalityConfig
 from trainers.checkpoint import load_checkpoint, save_checkpoint
 from trainers.data import IdSet, normalise, tensor
 from trainers.models import Net
-from trainers.train import Meter, Progress, autocast, batches, cycle, descend, eval_mode, own_randomness, place, set_lr
+from trainers.train import (
+    Meter,
+    Progress,
+    batches,
+    cycle,
+    descend,
+    eval_mode,
+    features_and_logits,
+    own_randomness,
+    place,
+    set_lr,
+)
 
 CANVAS = 32  # px; larger images are averaged down to it: the decoder has about a million weights at any size
 # The squared error reaches the risk head as its mean in each of 8 x 8 cells and channel. Pixel by pixel, the head
@@ -102,9 +113,7 @@ def _check_size(what: str, images: np.ndarray, size: int) -> None:
 def _trunk(net: Net, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised pixels, features and logits, all float32, of uint8 images [n, S, S, 3]."""
     x = normalise(images)
-    with autocast(images.device):
-        features = net.features(x)
-    return x, features.float(), net.head(features.float())
+    return x, *features_and_logits(net, x)
 
 
 def distort(images: Tensor, generator: torch.Generator) -> Tensor:

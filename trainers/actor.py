@@ -1,13 +1,17 @@
 """TrainerActor: scores blocks of the pool forward-only and takes the game's training steps. GPU when there is one."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import ray
 import torch
 
-from miner.neighbors import NearestID, assign_strata, fit_strata
+from miner.baselines import poem_distance, poem_draw, poem_posterior
+from miner.config import Game
+from miner.guard import near_id
+from miner.neighbors import WHITENED, NearestID, Strata, check_finite, fit_strata, unit
 from trainers import models
 from trainers.checkpoint import pack, restore
 from trainers.config import PretrainConfig
@@ -19,22 +23,41 @@ from trainers.train import autocast, joint_step, place, uniformity
 _FORWARD = {"cpu": 256, "cuda": 4096}
 
 
+# The image itself comes first. A loss that is averaged over views depends less on the net that it is measured with.
+_SHIFTS = ((2, 1), (-2, -1), (1, -2), (-1, 2))
+_MARGIN = 2
+_NEAR_SAMPLE, _NEAR_SALT = 5_000, 0x1D  # ID images that say how near is near
+
+
+def views(images: np.ndarray, count: int, flip: bool) -> Iterator[np.ndarray]:
+    """The other ``count`` - 1 views of uint8 images [n, S, S, 3]: mirrored (if ``flip``), then shifted by 1 and 2 px.
+
+    What a shift brings in is the image reflected at its edge.
+    """
+    side = images.shape[1]
+    wide = np.pad(images, ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN), (0, 0)), mode="reflect")
+    shifted = [wide[:, _MARGIN + y : _MARGIN + y + side, _MARGIN + x : _MARGIN + x + side] for y, x in _SHIFTS]
+    others = [np.ascontiguousarray(images[:, :, ::-1]), *shifted] if flip else shifted
+    yield from others[: count - 1]
+
+
 class Trainer:
     """One classifier and the ID set, as a plain class: tests use it without Ray."""
 
-    def __init__(
-        self, model: str, id_set: IdSet, seed: int, threads: tuple[int, int], alpha: float, lr: float, batch: int
-    ) -> None:
+    def __init__(self, model: str, id_set: IdSet, seed: int, threads: tuple[int, int], game: Game) -> None:
         self.training_threads, self.scoring_threads = threads
-        self.seed, self.alpha, self.batch = seed, alpha, batch
+        self.seed, self.alpha, self.batch, self.views = seed, game.alpha, game.batch, game.views
+        self.by_features = game.rule == "dos"  # as published: clusters of its features, not of all that is seen
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cudnn.deterministic = True
         self.id_set = id_set
         self.net = models.create(model, len(id_set.classes), seed)
         place(self.net, self.device).eval()
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=game.lr, momentum=0.9, weight_decay=5e-4)
         self.nearest: NearestID | None = None
-        self.centroids: np.ndarray | None = None
+        self.strata: Strata | None = None
+        self.id_features: np.ndarray | None = None  # between ``look_up_id`` and ``fit_boundary`` only
+        self.boundary: np.ndarray | None = None
         self.told: dict[str, Any] = {}
 
     def where(self) -> dict[str, Any]:
@@ -70,48 +93,84 @@ class Trainer:
     # --- the frozen classifier: features, neighbours, strata ---------------------------------------------------
 
     @torch.inference_mode()
-    def _forward(self, images_BHWC: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float32 features and logits. The head runs in float32: bfloat16 logits would tie a third of the losses."""
+    def _forward(self, images_BHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+        """Float32 features, what strata are found in, and logits of the head in float32 (``features_and_logits``)."""
         torch.set_num_threads(self.scoring_threads)
-        features, logits = [], []
+        parts = []
         size = _FORWARD[self.device.type]
         for start in range(0, len(images_BHWC), size):
-            part = torch.tensor(images_BHWC[start : start + size])
+            x = normalise(torch.tensor(images_BHWC[start : start + size]).to(self.device))
             with autocast(self.device):
-                trunk = self.net.features(normalise(part.to(self.device)))
-            features.append(trunk.float().cpu())
-            logits.append(self.net.head(trunk.float()).cpu())
-        return torch.cat(features), torch.cat(logits)
+                trunk, looks = self.net.described(x)
+            features = trunk.float()
+            parts.append([t.cpu() for t in (features, looks, self.net.head(features))])
+        features, looks, logits = (torch.cat(found) for found in zip(*parts, strict=True))
+        vectors = features.numpy()
+        return vectors, unit(vectors) if self.by_features else looks.numpy(), logits
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Penultimate features float32 ``[n, D]`` of uint8 images ``[n, S, S, 3]``."""
-        return self._forward(images)[0].numpy()
+        return self._forward(images)[0]
 
-    def look_up_id(self) -> None:
-        """Index the ID training set under the classifier as it is now."""
-        self.nearest = NearestID(self.features(self.id_set.train_images), self.scoring_threads)
+    def look_up_id(self, keep: bool = False) -> np.ndarray:
+        """Index the ID training set under the classifier as it is now; ``keep`` its features for ``fit_boundary``.
 
-    def fit_strata(self, strata: int, *parts: np.ndarray) -> np.ndarray:
-        """k-means centroids of the given images' features, float32 ``[strata, D]``."""
-        return fit_strata(self.features(np.concatenate(parts)), strata, self.seed, self.training_threads)
+        Returns how near ID images are themselves: the cosine to the 50th nearest, float32, of 5,000 drawn by the seed.
+        """
+        features = self.features(self.id_set.train_images)
+        self.nearest = NearestID(features, self.scoring_threads)
+        self.id_features = features if keep else None
+        rng = np.random.default_rng([self.seed, _NEAR_SALT])
+        rows = np.sort(rng.permutation(len(features))[:_NEAR_SAMPLE])
+        return self.nearest.query(features[rows])[2]
 
-    def set_centroids(self, centroids: np.ndarray) -> None:
+    def fit_strata(self, strata: int, near: float, labels: np.ndarray, *parts: np.ndarray) -> Strata:
+        """Strata of the given images that the leak guard would spare, given their classes in the pool (-1: none)."""
+        features, looks, _ = self._forward(np.concatenate(parts))
+        if np.isfinite(near) and self.nearest is not None:
+            spared = ~near_id(self.nearest.query(features)[2], labels, near)
+            looks = looks[spared] if spared.any() else looks
+        whiten = 0 if self.by_features else WHITENED
+        return fit_strata(looks, min(strata, len(looks)), self.seed, self.training_threads, whiten)
+
+    def set_strata(self, strata: Strata) -> None:
         """Strata that ``score`` assigns images to."""
-        self.centroids = centroids
+        self.strata = strata
+
+    def fit_boundary(self, *parts: np.ndarray) -> np.ndarray:
+        """POEM's w, float64 ``[D]``: one posterior draw, fitted on the ID set's features and the given images'.
+
+        Needs ``look_up_id(keep=True)`` before it. Raises MinerError when features are not finite.
+        """
+        outliers = check_finite(self.features(np.concatenate(parts)))
+        assert self.id_features is not None
+        mean, precision = poem_posterior(check_finite(self.id_features), outliers)
+        self.id_features = None
+        return poem_draw(mean, precision, self.seed)
+
+    def set_boundary(self, boundary: np.ndarray) -> None:
+        """The w whose |w'z| ``score`` gives beside the loss."""
+        self.boundary = boundary
 
     # --- the game ------------------------------------------------------------------------------------------------
 
     def score(self, images: np.ndarray, look_up: bool) -> dict[str, np.ndarray]:
-        """Uniformity loss float32 ``[n]`` of each image; with ``look_up`` nearest ID images and stratum beside it."""
-        features, logits = self._forward(images)
-        scores = {"loss": uniformity(logits).numpy()}
+        """Uniformity loss float32 ``[n]`` of each image, the mean over ``views`` of it.
+
+        With ``look_up`` beside it: nearest ID images, stratum, distance to POEM's boundary, as far as they were set.
+        """
+        features, looks, logits = self._forward(images)
+        losses = [uniformity(logits)]
+        losses += [uniformity(self._forward(view)[2]) for view in views(images, self.views, self.id_set.flip)]
+        scores = {"loss": torch.stack(losses).double().mean(dim=0).float().numpy()}
         if look_up:
-            vectors = features.numpy()
             if self.nearest is not None:
-                found = self.nearest.query(vectors)
+                found = self.nearest.query(features)
                 scores |= dict(zip(("nn_id_row", "nn_id_cosine", "nn50_id_cosine"), found, strict=True))
-            if self.centroids is not None:
-                scores["stratum"] = assign_strata(vectors, self.centroids)
+            if self.strata is not None:
+                scores["stratum"] = self.strata.assign(looks)
+            if self.boundary is not None:
+                scores["boundary"] = poem_distance(features, self.boundary)
         return scores
 
     def train(

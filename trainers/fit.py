@@ -137,14 +137,8 @@ class Loop:
         recipe = recipe.fitted(n)
         _check(id_set, outliers, recipe, world)
         place(net, device).train()
-        self.net, self.id_set, self.recipe, self.seed, self.device, self.world = (
-            net,
-            id_set,
-            recipe,
-            seed,
-            device,
-            world,
-        )
+        self.net, self.id_set, self.recipe = net, id_set, recipe
+        self.seed, self.device, self.world = seed, device, world
         self.images, self.labels = (tensor(a).to(device) for a in (id_set.train_images, id_set.train_labels))
         self.per_epoch = n // recipe.batch
         self.optimizer = _optimizer(net, recipe)

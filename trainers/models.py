@@ -4,6 +4,7 @@ All take float32 [n, 3, S, S] with S a multiple of 8 (the last pooling is global
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,17 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
+
+    def described(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [n, D], and what each image looks like at every depth: float32 [n, 2 (3 + C1 + C2 + D)].
+
+        That is the mean and the standard deviation over positions of the input and of the maps behind every stage.
+        """
+        maps = [x]
+        for start, stop in pairwise((0, *self.cuts, len(self.body))):
+            maps.append(self.body[start:stop](maps[-1]))
+        looks = [part for m in maps for part in (_global_mean(m.float()), m.float().flatten(2).std(dim=2))]
+        return _global_mean(maps[-1]), torch.cat(looks, dim=1)
 
     def mixed_features(self, inside: Tensor, outside: Tensor, lam: float, layer: int) -> Tensor:
         """Features [2B, D] of ``inside`` and of the mixture lam inside + (1 - lam) outside, in one batch.

@@ -161,10 +161,7 @@ class Recipe:
 
 # --- methods: the objective of each ------------------------------------------------------------------------------
 
-_LINEAR, _OPENMIX = (
-    Objective(mixer="linear", mix=1.0),
-    Objective(mixer="linear", target="reject", mix=1.0, beta=(10, 10)),
-)
+_OPENMIX = Objective(mixer="linear", target="reject", mix=1.0, beta=(10, 10))
 METHODS: dict[str, Objective] = {
     "ce": Objective(),
     "oe": Objective(expose=0.5),  # Hendrycks et al., ICLR 2019
@@ -172,7 +169,7 @@ METHODS: dict[str, Objective] = {
     "energy": Objective(energy=0.1),  # Liu et al., NeurIPS 2020
     "objectosphere": Objective(expose=1.0, ring=1e-4),  # Dhamija et al., NeurIPS 2018
     "background": Objective(expose=1.0, target="reject"),
-    "mixoe": replace(_LINEAR, mix=5.0),  # Zhang et al., WACV 2023
+    "mixoe": Objective(mixer="linear", mix=5.0),  # Zhang et al., WACV 2023
     "mixoe-cutmix": Objective(mixer="cutmix", mix=5.0, beta=(2.0, 2.0)),
     "openmix": _OPENMIX,  # Zhu et al., CVPR 2023
     "openmix-manifold": replace(_OPENMIX, mixer="hidden"),

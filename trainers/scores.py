@@ -15,7 +15,7 @@ from miner.errors import MinerError, UsageError
 from trainers.abnormality import Abnormality
 from trainers.data import normalise, tensor
 from trainers.models import Net
-from trainers.train import autocast, eval_mode
+from trainers.train import eval_mode, features_and_logits
 
 NAMES = (
     "msp",
@@ -43,13 +43,12 @@ class Outputs:
 def outputs(net: Net, images: np.ndarray, batch: int = 1000) -> Outputs:
     """One eval-mode forward of uint8 images [n, S, S, 3], on the net's device; the net's mode is put back.
 
-    The trunk runs in mixed precision, the head in float32: bfloat16 logits would tie. Raises MinerError when there
-    are no images.
+    Raises MinerError when there are no images.
     """
     logits, features = [], []
     with eval_mode(net), torch.no_grad():
         for x in _batches(net, images, batch):
-            trunk, head = _forward(net, x)
+            trunk, head = features_and_logits(net, x)
             features.append(trunk.cpu())
             logits.append(head.double().cpu())
     return Outputs(torch.cat(logits).numpy(), torch.cat(features).numpy())
@@ -117,7 +116,7 @@ def odin(
                 uphill = [rise(net, part, classes, temperature) for part in x.split(_BACKWARD)]
                 x = x + epsilon * torch.cat(uphill)
             with torch.no_grad():
-                logits = _forward(net, x)[1].double().cpu().numpy()
+                logits = features_and_logits(net, x)[1].double().cpu().numpy()
             confidence.append(np.exp(_log_softmax(_sliced(logits, classes) / temperature).max(axis=1)))
     return np.concatenate(confidence)
 
@@ -141,13 +140,6 @@ def _batches(net: Net, images: np.ndarray, batch: int) -> Iterator[Tensor]:
     device = next(net.parameters()).device
     for start in range(0, len(images), batch):
         yield normalise(tensor(images[start : start + batch]).to(device))
-
-
-def _forward(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 features [b, D] and logits."""
-    with autocast(x.device):
-        trunk = net.features(x)
-    return trunk.float(), net.head(trunk.float())
 
 
 def _sliced(logits: np.ndarray, classes: int) -> np.ndarray:

@@ -66,6 +66,14 @@ def open_images(spec: str, size: int, seed: int = 0) -> list[ImageSet]:
     return [_open_pool(_resolve(spec), size)]
 
 
+def open_outliers(spec: str, size: int, seed: int) -> ImageSet:
+    """The one set of --outliers ``spec``. Raises UsageError for a spec of several sets, and as ``open_images`` does."""
+    sets = open_images(spec, size, seed)
+    if len(sets) > 1:
+        raise UsageError(f"--outliers {spec}: holds {len(sets)} sets of images; name one")
+    return sets[0]
+
+
 def _resolve(spec: str) -> str:
     try:
         return resolve(spec)
@@ -242,14 +250,13 @@ def overlap(images: ImageSet | pa.Table, others: Mapping[str, ImageSet]) -> list
 def refuse_overlap(outliers: ImageSet | pa.Table, others: Mapping[str, ImageSet], allow: bool) -> int:
     """The number of outliers that stand in one of the ``others`` too; MinerError for any unless ``allow``."""
     pairs = overlap(outliers, others)
-    keys, _, _ = _hashed(outliers)
     count = len({key for key, _, _ in pairs})
     if pairs and not allow:
         names = " and ".join(dict.fromkeys(name for _, name, _ in pairs))
         examples = ", ".join(f"{key} = {there}" for key, _, there in pairs[:EXAMPLES])
         more = ", ..." if len(pairs) > EXAMPLES else ""
         raise MinerError(
-            f"{count} of {len(keys)} outliers are also in {names} (e.g. {examples}{more}); "
+            f"{count} of {len(outliers)} outliers are also in {names} (e.g. {examples}{more}); "
             "remove them or pass --allow-overlap"
         )
     return count

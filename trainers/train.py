@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miner.errors import MinerError
-from trainers.checkpoint import load_checkpoint as load_checkpoint
-from trainers.checkpoint import load_net as load_net
-from trainers.checkpoint import save_checkpoint as save_checkpoint
 from trainers.data import normalise, tensor
+from trainers.models import Net
 
 Progress = Callable[[dict], None]
 
@@ -51,6 +49,17 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
         yield
     finally:
         net.train(was_training)
+
+
+def features_and_logits(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 features [n, D] and logits [n, K] of normalised x [n, 3, S, S]; mode and gradients are the caller's.
+
+    The trunk runs in mixed precision, the head in float32: bfloat16 logits would tie a third of the losses.
+    """
+    with autocast(x.device):
+        trunk = net.features(x)
+    features = trunk.float()
+    return features, net.head(features)
 
 
 def predict(net: nn.Module, images: Tensor, batch: int = 1000) -> Tensor:

@@ -1,6 +1,5 @@
 """The training job behind ``pipelines.train``: open the data, refuse leaks, train with resume, save."""
 
-import json
 import os
 from dataclasses import asdict
 from typing import Any
@@ -9,7 +8,6 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from miner.errors import UsageError
 from miner.files import atomic
 from miner.progress import Display, Steps
 from miner.run_dir import RunDir, write_file, write_json
@@ -18,7 +16,7 @@ from trainers.checkpoint import load_net, save_checkpoint
 from trainers.config import TrainConfig
 from trainers.data import load_id
 from trainers.fit import World, fit, mean_energies
-from trainers.sets import ImageSet, open_images, record, refuse_overlap
+from trainers.sets import ImageSet, open_images, open_outliers, record, refuse_overlap
 from trainers.splits import hold_out, long_tail, parse_hold_out
 
 STATE = "state.safetensors"
@@ -82,17 +80,15 @@ class Training:
         """The background images; refused when the ID test set, held-out classes or an OOD test set has some of them."""
         if spec is None:
             return None
-        sets = open_images(spec, self.config.size, self.config.seed)
-        if len(sets) > 1:
-            raise UsageError(f"--outliers {spec}: holds {len(sets)} sets of images; name one")
+        outliers = open_outliers(spec, self.config.size, self.config.seed)
         tests = {"the ID test set": ImageSet("ID test", (self.id_set.test_images,))}
         if held is not None:
             tests["the held-out classes"] = held
         for name in self.config.ood:
             for found in open_images(name, self.config.size, self.config.seed):
                 tests[f"OOD set {found.name} ({name})"] = found
-        refuse_overlap(sets[0], tests, self.config.allow_overlap)
-        return sets[0]
+        refuse_overlap(outliers, tests, self.config.allow_overlap)
+        return outliers
 
     def open_net(self) -> tuple[models.Net, dict[str, Any]]:
         """A fresh net, or that of --checkpoint, and where it comes from."""
@@ -165,7 +161,7 @@ class Training:
         )
         if self.writer:
             self.writer.close()
-        last = {} if not self.chief else self.dir.metrics()[-1]
+        last = self.dir.metrics()[-1] if self.chief else {}
         return result | {"loss": last.get("loss"), "terms": last}
 
     def commit(self, epoch: int, state: bytes, means: dict[str, Any]) -> None:
@@ -173,10 +169,9 @@ class Training:
         self.dir.log({"epoch": epoch - 1, **means})
         write_file(self.dir.round(epoch - 1) / STATE, state)
         self.dir.commit(epoch - 1)
-        for name, value in means.items():
-            if self.writer:
-                self.writer.add_scalar(f"train/{name}", value, epoch)
         if self.writer:
+            for name, value in means.items():
+                self.writer.add_scalar(f"train/{name}", value, epoch)
             self.writer.flush()
 
     # --- after ---------------------------------------------------------------------------------------------------
@@ -210,4 +205,4 @@ class Training:
             "threads": self.threads,
             "workers": self.world.size,
         }
-        write_json(self.dir.path / "summary.json", json.loads(json.dumps(meta | result)))
+        write_json(self.dir.path / "summary.json", meta | result)
