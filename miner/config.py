@@ -25,7 +25,7 @@ class Data:
     id: str = "demo"
     """In-distribution set: a folder of train-*.tar / test-*.tar, a torchvision name (cifar10), or `demo`."""
     model: Model = "small"
-    """Classifier. `small` makes a CPU run practical."""
+    """Classifier. `small` and `medium` make a CPU run practical."""
     checkpoint: Path | None = None
     """Trained classifier (.safetensors). Without one, the classifier is first trained on --id."""
     size: int = 32

@@ -11,7 +11,7 @@ class Compare:
     """Which outliers, found how, make the best detector?
 
     Every field but the budget may have several values; all combinations are tried. Adding values to a finished
-    comparison (same --out) costs only what is new.
+    comparison (same --out) costs only what is new, and the tables show everything that is there.
     """
 
     pool: tuple[str, ...] = ("demo",)

@@ -60,6 +60,7 @@ class Comparison:
         far_near = (("far", config.far), ("near", config.near), ("noise", config.noise))
         self.sets = tuple((group, absolute(spec)) for group, specs in far_near for spec in specs)
         self.judges = fingerprints(self.sets)
+        self.runs: tuple[str, ...] = ()  # cells of this and of earlier commands
         self.failed: dict[str, str] = {}
         self.results = SCHEMA.empty_table()
         for mine in self.matrix.mines:
@@ -92,7 +93,7 @@ class Comparison:
         self.refuse_other_subsets()
         with Display() as display:
             self.do_cells(display)
-        done = [self.out / cell.name / ROWS for cell in self.matrix.cells]
+        done = [self.out / run / ROWS for run in self.runs]
         self.results = pa.concat_tables([self.results, *(pq.read_table(path) for path in done if path.exists())])
         write_table(self.out / "results.parquet", self.results)
 
@@ -110,9 +111,11 @@ class Comparison:
     def begin(self) -> None:
         """Write matrix.json, unless --out holds what was made with other settings."""
         path, config = self.out / "matrix.json", self.config
+        before: list[dict[str, Any]] = []
         fixed = {"images": config.budget, "epochs": config.epochs, "lr": config.lr, "flag": config.flag} | self.judges
         if path.exists() and (self.out / "theta0").exists():
-            old = json.loads(path.read_text())["fixed"]
+            known = json.loads(path.read_text())
+            old, before = known["fixed"], known["cells"]
             names = [name for name in {**old, **fixed} if old.get(name) != fixed.get(name)]
             other = "; ".join(f"{name}: {old.get(name)} there, {fixed.get(name)} now" for name in names)
             if other:
@@ -126,7 +129,9 @@ class Comparison:
                 RunDir(folder).begin(self.mining(mine).mining() | facts, resume=False)
         cells = [cell.columns | {"run": cell.name, "subset": cell.subset} for cell in self.matrix.cells]
         plain = json.loads(json.dumps(asdict(config), default=str))
-        write_json(path, {"config": plain, "fixed": fixed, "cells": cells})
+        listed = {cell["run"]: cell for cell in (*before, *cells)}  # what other commands made here counts too
+        self.runs = tuple(listed)
+        write_json(path, {"config": plain, "fixed": fixed, "cells": list(listed.values())})
         (self.out / FAILED).unlink(missing_ok=True)
 
     def finished(self, thing: Theta0 | Cell) -> bool:

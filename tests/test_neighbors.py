@@ -6,7 +6,7 @@ import torch
 
 from miner import demo
 from miner.errors import MinerError
-from miner.neighbors import POINTS_PER_STRATUM, NearestID, assign_strata, fit_strata, unit
+from miner.neighbors import POINTS_PER_STRATUM, NearestID, fit_strata, unit
 from trainers import models
 from trainers.data import normalise, tensor
 
@@ -97,11 +97,11 @@ def test_no_query(id_features: np.ndarray) -> None:
 
 def test_strata_repeat_for_a_seed_and_differ_by_it(pool_features: np.ndarray) -> None:
     one, again, other = (fit_strata(pool_features, 8, seed, 1) for seed in (3, 3, 4))
-    assert one.shape == (8, pool_features.shape[1])
-    assert one.dtype == np.float32
-    assert one.tobytes() == again.tobytes()
-    assert one.tobytes() != other.tobytes()
-    assert len(np.unique(assign_strata(pool_features, one))) == 8
+    assert one.centroids.shape == (8, one.axes.shape[1])
+    assert {part.dtype for part in one} == {np.dtype(np.float32)}
+    assert [part.tobytes() for part in one] == [part.tobytes() for part in again]
+    assert one.centroids.tobytes() != other.centroids.tobytes()
+    assert len(np.unique(one.assign(pool_features))) == 8
 
 
 def test_k_means_does_better_than_random_centres(pool_features: np.ndarray) -> None:
@@ -110,28 +110,44 @@ def test_k_means_does_better_than_random_centres(pool_features: np.ndarray) -> N
     def spread(centres: np.ndarray) -> float:
         return float(((points[:, None] - centres[None]) ** 2).sum(axis=2).min(axis=1).mean())
 
-    assert spread(fit_strata(pool_features[: len(points)], 8, 0, 1)) < 0.8 * spread(points[:8])
+    found = fit_strata(points.astype(np.float32), 8, 0, 1, whiten=0)
+    assert spread(found.centroids) < 0.8 * spread(points[:8])
 
 
-def test_assignment_equals_brute_force(pool_features: np.ndarray) -> None:
-    centroids = fit_strata(pool_features, 12, 0, 1)
-    found = assign_strata(pool_features, centroids)
+@pytest.mark.parametrize("whiten", [0, 6, 48])
+def test_assignment_equals_brute_force(pool_features: np.ndarray, whiten: int) -> None:
+    strata = fit_strata(pool_features, 12, 0, 1, whiten)
+    found = strata.assign(pool_features)
     assert found.dtype == np.int32
-    distance = ((unit(pool_features).astype(np.float64)[:, None] - centroids[None]) ** 2).sum(axis=2)
+    points = (pool_features.astype(np.float64) - strata.centre) @ strata.axes
+    distance = ((points[:, None] - strata.centroids[None]) ** 2).sum(axis=2)
     np.testing.assert_array_equal(found, distance.argmin(axis=1))
-    parts = [assign_strata(pool_features[i : i + 77], centroids) for i in range(0, 600, 77)]
+    parts = [strata.assign(pool_features[i : i + 77]) for i in range(0, 600, 77)]
     np.testing.assert_array_equal(np.concatenate(parts), found)
 
 
+def test_whitened_axes_have_variance_one_and_no_correlation(pool_features: np.ndarray) -> None:
+    looks = np.concatenate([pool_features * 100, np.ones((len(pool_features), 2), np.float32)], axis=1)
+    strata = fit_strata(looks, 4, 0, 1, whiten=5)
+    assert strata.axes.shape == (looks.shape[1], 5)
+    points = (looks.astype(np.float64) - strata.centre) @ strata.axes
+    np.testing.assert_allclose(np.cov(points.T, bias=True), np.eye(5), atol=1e-3)
+    scaled = fit_strata(looks * 7, 4, 0, 1, whiten=5)  # no column's scale decides
+    same = (scaled.assign(looks * 7)[:, None] == scaled.assign(looks * 7)[None]) == (
+        strata.assign(looks)[:, None] == strata.assign(looks)[None]
+    )
+    assert same.mean() > 0.95
+
+
 def test_a_tie_goes_to_the_smaller_centroid(pool_features: np.ndarray) -> None:
-    centroids = fit_strata(pool_features, 4, 0, 1)
-    twice = np.concatenate([centroids, centroids])
-    assert assign_strata(pool_features, twice).max() < 4
+    strata = fit_strata(pool_features, 4, 0, 1)
+    twice = strata._replace(centroids=np.concatenate([strata.centroids, strata.centroids]))
+    assert twice.assign(pool_features).max() < 4
 
 
 def test_as_many_strata_as_images(pool_features: np.ndarray) -> None:
-    centroids = fit_strata(pool_features[:5], 5, 0, 1)
-    assert sorted(assign_strata(pool_features[:5], centroids).tolist()) == [0, 1, 2, 3, 4]
+    strata = fit_strata(pool_features[:5], 5, 0, 1)
+    assert sorted(strata.assign(pool_features[:5]).tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_features_that_are_not_finite(pool_features: np.ndarray) -> None:

@@ -338,10 +338,14 @@ def test_rows_the_guard_takes_out_stop_counting(pool: str) -> None:
     cosine = [rng.random(n).astype(np.float32) for n in SIZES]
     for s in range(3):
         shards.state[s]["nn50_id_cosine"][:] = cosine[s]
-    flat = np.concatenate([shards.guard_cosines(s) for s in range(3)])
-    gone = sum(shards.guard(s, 0.75) for s in range(3))
-    assert gone == (flat > 0.75).sum() > 0
-    assert all(shards.guard(s, 0.75) == 0 for s in range(3))
+    gone = 0
+    for s in range(3):
+        found, _ = shards.guard_columns(s)
+        assert len(found) == shards.state[s].eligible.sum()
+        shards.guard(s, found > 0.75)
+        gone += int((found > 0.75).sum())
+    assert gone > 0
+    assert all(not (shards.guard_columns(s)[0] > 0.75).any() for s in range(3))
     after = play_round(shards, 1, loss)
     assert after.rows == sum(SIZES) - 4 - gone
     for s in range(3):

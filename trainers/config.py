@@ -9,7 +9,7 @@ from tyro.conf import OmitArgPrefixes
 from miner.errors import UsageError
 from trainers.recipes import Recipe, default_recipe, preset
 
-Model = Literal["small", "wrn-40-2", "wrn-40-4", "wrn-28-10", "resnet18", "densenet-bc-100"]
+Model = Literal["small", "medium", "wrn-40-2", "wrn-40-4", "wrn-28-10", "resnet18", "densenet-bc-100"]
 Method = Literal[
     "ce",
     "oe",
@@ -87,7 +87,7 @@ class TrainConfig:
     size: int = 32
     """Pixels a side."""
     model: Model = "small"
-    """Classifier. `small` makes a CPU run practical."""
+    """Classifier. `small` and `medium` make a CPU run practical."""
     checkpoint: Path | None = None
     """Start from this classifier (a .safetensors file or a run directory); without one, training is from scratch."""
     seed: int = 0

@@ -183,6 +183,7 @@ class DenseNetBC(Net):
 
 _MAKERS: dict[str, Callable[[int], Net]] = {
     "small": Small,
+    "medium": lambda classes: Small(classes, (32, 96, 256)),
     "wrn-40-2": lambda classes: WideResNet(40, 2, classes, dropout=0.0),
     "wrn-40-4": lambda classes: WideResNet(40, 4, classes, dropout=0.3),
     "wrn-28-10": lambda classes: WideResNet(28, 10, classes, dropout=0.3),

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
+from miner import inputs
+from miner.config import Config as Mining
 from miner.errors import UsageError
 from miner.pool import Pool, resolve
 from trainers.config import Model
@@ -24,7 +28,8 @@ ILSVRC = 1_281_167  # training images
 OOD = {"textures": 5_640, "lsun": 10_000, "svhn": 26_032, "places365": 328_500}  # images of the paper's test sets
 NOISE = ("gaussian", "uniform")
 TORCHVISION_NAME = {"textures": "dtd"}  # where it is not the name used here
-NEVER_GUARDED = ("--exclude-near-id", "0", "--strata", "0")  # the paper leaves out nothing and has no strata
+# The paper leaves out nothing near ID, has no strata, and looks at an image once and by itself.
+PLAIN = ("--exclude-near-id", "0", "--strata", "0", "--views", "1", "--smooth", "0")
 
 
 @dataclass(frozen=True)
@@ -205,17 +210,17 @@ def _mine(config: Paper, selector: Selector, pool: str, count: int, run: Path, b
     """Stage 2: weights, and a subset for every gamma."""
     plan = config.plan
     gammas = tuple(f"{gamma:g}" for gamma in plan.gammas)
-    words = ("pipelines.resample", "--pool", pool, *base, "--gamma", *gammas, "--out", str(run))
-    game = ("--batch", str(BATCH), "--alpha", "0.5", "--lr", "0.001", "--draw", "eq20", *NEVER_GUARDED)
+    words: tuple[str, ...] = ("pipelines.resample", "--pool", pool, *base, "--gamma", *gammas, "--out", str(run))
+    game = ("--batch", str(BATCH), "--alpha", "0.5", "--lr", "0.001", "--draw", "eq20", *PLAIN)
     length = ("--rounds", str(plan.rounds), "--steps", str(PER_EPOCH))
-    flags, sweeps, trained = {
-        "random": (("--rule", "uniform", "--rounds", "1", "--draw", "random", *NEVER_GUARDED), 1, 0),
-        "reference": (("--rule", "reference", *length, *game), 0, plan.rounds * PER_EPOCH),
-        "paper": (("--rule", "paper", *length, "--eta", "1", *game), plan.rounds, (plan.rounds - 1) * PER_EPOCH),
-        "mined": ((), 5, 4 * 100),  # the defaults of pipelines.resample
-    }[selector]
+    words += {
+        "random": ("--rule", "uniform", "--rounds", "1", "--draw", "random", *PLAIN),
+        "reference": ("--rule", "reference", *length, *game),
+        "paper": ("--rule", "paper", *length, "--eta", "1", *game),
+    }.get(selector, ())  # mined: the defaults of pipelines.resample
     leaves = (run / "report.html", *(run / f"subset-{gamma}" / "subset.json" for gamma in gammas))
-    return Step(f"mine-{run.name}", words + flags, leaves, sweeps * count + 6 * BATCH * trained)
+    forwards = inputs.work(tyro.cli(Mining, args=words[1:]), count)[2]
+    return Step(f"mine-{run.name}", words, leaves, forwards)
 
 
 def _evaluate(config: Paper, run: Path) -> Step:
