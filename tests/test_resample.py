@@ -21,8 +21,8 @@ from pipelines.agree import agreement, heaviest
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {
     *("pool", "id", "model", "checkpoint", "size", "seed"),
-    *("rule", "rounds", "steps", "eta", "cap", "batch", "alpha", "lr"),
-    *("gamma", "draw", "strata", "exclude-near-id"),
+    *("rule", "rounds", "steps", "eta", "cap", "batch", "alpha", "lr", "views", "smooth"),
+    *("gamma", "draw", "strata", "exclude-near-id", "guard"),
     *("pool-actors", "trainers", "threads", "address", "out", "resume", "dry-run"),
     *(f"pretrain.{name}" for name in ("epochs", "batch", "lr", "warmup", "weight-decay", "label-smoothing")),
 }
@@ -79,7 +79,8 @@ def test_ci_runs_the_readme_test_command() -> None:
     [
         (("--gamma", "0"), "must lie in (0, 1]"),
         (("--gamma", "1.5"), "must lie in (0, 1]"),
-        (("--gamma", "0.9"), "cannot be had"),
+        (("--views", "7"), "at most 6"),
+        (("--smooth", "1.5"), "[0, 1]"),
         (("--exclude-near-id", "1"), "[0, 1)"),
         (("--rule", "dos", "--strata", "0"), "--rule dos --strata 0"),
         (("--rounds", "0"), "--rounds 0"),
@@ -123,7 +124,7 @@ def mined(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = command("shard", *source, "--out", home / "pool", "--workers", 1)
     assert made.returncode == 0, made.stderr
     run = home / "run"
-    flags = ("--exclude-near-id", 0, "--strata", 0, "--rounds", 2, "--steps", 20, "--pretrain.epochs", 2)
+    flags = ("--exclude-near-id", 0, "--strata", 0, "--rounds", 2, "--steps", 20, "--views", 1, "--pretrain.epochs", 2)
     where = ("--pool", home / "pool", "--id", data / "cifar10", "--out", run, "--gamma", 0.1, 0.01, "--threads", 1)
     done = command("resample", *where, *flags)
     assert done.returncode == 0, done.stderr
