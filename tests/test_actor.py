@@ -1,0 +1,98 @@
+"""What the frozen classifier tells of the pool: views, looks, strata behind the guard. A plain class, without Ray."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from miner.config import Game
+from miner.guard import NO_CLASS
+from trainers import models
+from trainers.actor import Trainer, views
+from trainers.data import IdSet, normalise
+from trainers.train import uniformity
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+
+
+def trainer(id_set: IdSet, **game: object) -> Trainer:
+    return Trainer("small", id_set, seed=2, threads=(1, 1), game=Game(**game))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def small_set(digits: IdSet) -> IdSet:
+    """A few digits, some of them again as test images."""
+    return dataclasses.replace(digits, train_images=digits.train_images[:300], train_labels=digits.train_labels[:300])
+
+
+def test_views_are_the_mirror_image_and_shifts_reflected_at_the_edge(images: np.ndarray) -> None:
+    found = list(views(images, 6, flip=True))
+    assert len(found) == 5
+    np.testing.assert_array_equal(found[0], images[:, :, ::-1])
+    down_right = found[1]  # the window moves by (2, 1)
+    np.testing.assert_array_equal(down_right[:, :-2, :-1], images[:, 2:, 1:])
+    np.testing.assert_array_equal(down_right[:, -1, :-1], images[:, -3, 1:])  # reflected about the last row
+    assert [view.shape for view in found] == [images.shape] * 5
+    assert len(list(views(images, 6, flip=False))) == 4
+    assert list(views(images, 1, flip=True)) == []
+    np.testing.assert_array_equal(next(views(images, 2, flip=False)), down_right)
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_a_loss_is_the_mean_over_views(small_set: IdSet, images: np.ndarray, count: int) -> None:
+    big = np.repeat(np.repeat(images, 2, axis=1), 2, axis=2)
+    flipped = dataclasses.replace(small_set, flip=True)
+    actor = trainer(flipped, views=count)
+    told = actor.score(big, look_up=False)["loss"]
+    assert told.dtype == np.float32
+    each = []
+    with torch.inference_mode():
+        for view in (big, *views(big, count, flip=True)):
+            features = torch.from_numpy(actor.features(view))
+            each.append(uniformity(actor.net.head(features)).numpy())
+    assert len(each) == count
+    np.testing.assert_allclose(told, np.mean(each, axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["small", "wrn-40-2", "resnet18"])
+def test_looks_are_means_and_deviations_at_every_depth(name: str) -> None:
+    net = models.create(name, 10).eval()
+    x = normalise(torch.from_numpy(np.random.default_rng(1).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)))
+    with torch.no_grad():
+        features, looks = net.described(x)
+        torch.testing.assert_close(features, net.features(x))
+    assert looks.dtype == torch.float32
+    torch.testing.assert_close(looks[:, :3], x.mean(dim=(2, 3)))
+    torch.testing.assert_close(looks[:, 3:6], x.flatten(2).std(dim=2))
+    torch.testing.assert_close(looks[:, -2 * net.feature_dim : -net.feature_dim], features)
+
+
+def test_strata_are_fitted_on_what_the_guard_spares(small_set: IdSet) -> None:
+    actor = trainer(small_set)
+    near = actor.look_up_id()
+    assert near.dtype == np.float32
+    assert len(near) == 300
+    assert near.max() <= 1.0 + 1e-6
+    rng = np.random.default_rng(3)
+    far = rng.integers(0, 256, (64, *small_set.train_images.shape[1:]), dtype=np.uint8)
+    mixed = np.concatenate([small_set.train_images[:64], far])
+    labels = np.repeat(np.array([0, 1], np.int32), 64)
+    cosine = [actor.nearest.query(actor.features(part))[2].mean() for part in (mixed[:64], far)]  # type: ignore[union-attr]
+    assert cosine[0] > cosine[1]
+    threshold = float(np.mean(cosine))
+    spared = actor.fit_strata(4, threshold, labels, mixed)
+    alone = actor.fit_strata(4, np.inf, np.full(64, NO_CLASS, np.int32), far)
+    for one, other in zip(spared, alone, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_dos_clusters_its_unit_features(small_set: IdSet) -> None:
+    actor = trainer(small_set, rule="dos")
+    actor.look_up_id()
+    strata = actor.fit_strata(5, np.inf, np.zeros(300, np.int32), small_set.train_images)
+    assert strata.centroids.shape == (5, actor.net.feature_dim)
+    np.testing.assert_array_equal(strata.axes, np.eye(actor.net.feature_dim))
