@@ -104,10 +104,10 @@ class PoolShards:
 
     def close_sweep(self, shard: int, round_: int, smooth: float, means: np.ndarray) -> None:
         """Apply the sweep's losses, once a round: ``smooth`` of each image's is the mean of its class."""
-        loss, label = self.losses[shard], self.label[shard]
+        loss, rows = self.losses[shard], self.rows[shard]
         if smooth:
-            known = label != NO_CLASS
-            loss[known] = (1.0 - smooth) * loss[known] + smooth * means[label[known]]
+            rows = rows[self.label[shard][rows] != NO_CLASS]
+            loss[rows] = (1.0 - smooth) * loss[rows] + smooth * means[self.label[shard][rows]]
         self.state[shard].apply_losses(round_, loss)
 
     def guard_columns(self, shard: int) -> tuple[np.ndarray, np.ndarray]:

@@ -50,6 +50,8 @@ class Compare:
     flag: str | None = None
     """Entry of class_info in pool.json that marks a class, e.g. `cifar10_strict`: each subset's share of such images
     is reported."""
+    allow_overlap: bool = False
+    """Train even on outliers that are among the ID or OOD test images; without it such cells fail."""
     jobs: int | None = None
     """Trainings at once. Default: one a CPU slot, or one a GPU where there are GPUs; more than GPUs share them."""
     address: str | None = None

@@ -184,6 +184,7 @@ class Comparison:
             id=known.spec,
             outliers=outliers,
             ood=tuple(spec for group, spec in self.sets if group != "noise"),
+            allow_overlap=self.config.allow_overlap,
             model=thing.model,  # type: ignore[arg-type]
             checkpoint=start,
             seed=thing.seed,

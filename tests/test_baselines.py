@@ -210,7 +210,7 @@ def base(pool: Pool, checkpoint: Path) -> Iterator[Config]:
 
 def played(base: Config, rule: str, actors: int) -> Config:
     """NTOM and POEM as published, DOS with a guard."""
-    choice = {"exclude_near_id": 0.25, "strata": 20} if rule == "dos" else {}
+    choice = {"exclude_near_id": 0.05, "guard": "image", "strata": 20} if rule == "dos" else {}
     return dataclasses.replace(
         base,
         game=Game(rule=rule, views=1, smooth=0.0),  # type: ignore[arg-type]
@@ -269,7 +269,9 @@ def test_a_run_scores_once_and_its_subsets_are_nested(runs: dict[tuple[str, int]
 @pytest.mark.parametrize("rule", ["ntom", "dos"])
 def test_a_run_ranks_by_the_rule_among_eligible_images(runs: dict[tuple[str, int], Path], rule: str) -> None:
     kept = eligible(load_weights(runs[rule, 3]))
-    assert len(kept) == (COUNT - 3 if rule == "ntom" else pytest.approx(0.75 * (COUNT - 3), abs=1))
+    near = json.loads((runs[rule, 3] / "summary.json").read_text())["excluded"]["near-id"]
+    assert len(kept) == COUNT - 3 - near
+    assert (near > 0) == (rule == "dos")
     assert getattr(baselines, rule)(uid_sweep(kept)).tolist() == list(range(len(kept)))
     if rule == "dos":
         assert len(set(kept["stratum"].to_pylist()[:20])) == len(set(kept["stratum"].to_pylist())) > 10
@@ -346,7 +348,7 @@ def test_pooled_rankings(two: list[Path], pool: Pool, tmp_path: Path, how: str) 
     assert table.select(["uid", "key", "label"]).equals(tables[0].select(["uid", "key", "label"]))
     usable = np.logical_and(*(t["excluded_by"].is_null().to_numpy() for t in tables))
     assert table["excluded_by"].is_null().to_numpy().tolist() == usable.tolist()
-    assert summary["excluded"]["near-id"] > 100
+    assert summary["excluded"]["near-id"] == COUNT - 3 - usable.sum() > 0
     assert summary["excluded"]["id-duplicate"] == 2
     if how == "mean-rank":
         score = np.mean([pc.fill_null(t["rank"], 0).to_numpy() for t in tables], axis=0)
@@ -389,8 +391,8 @@ def test_what_cannot_be_pooled(two: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "u"
     with pytest.raises(UsageError, match=r"--how best: choose one of mean-rank, max-weight"):
         pool_runs(two, "best", (0.1,), out)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"--gamma 0\.9 of 603 images cannot be had"):
-        pool_runs(two, "mean-rank", (0.9,), out)
+    with pytest.raises(UsageError, match=r"--gamma 1 of 603 images cannot be had"):
+        pool_runs(two, "mean-rank", (1.0,), out)
     with pytest.raises(UsageError, match="less than one image"):
         pool_runs(two, "mean-rank", (0.001,), out)
     with pytest.raises(UsageError, match="different values"):

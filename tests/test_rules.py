@@ -12,6 +12,7 @@ from miner import demo, rules
 from miner.actors import PoolShards
 from miner.build import write_arrays_pool
 from miner.config import Game
+from miner.guard import NO_CLASS, class_means
 from miner.rules import RootSums, Sums, shard_sums
 from trainers.actor import Trainer
 from trainers.data import load_id
@@ -240,7 +241,7 @@ def play_round(
     for s in range(3):
         shards.open_sweep(s)
         shards.take_scores(s, 0, {"loss": loss[s][shards.rows[s]]})
-        shards.close_sweep(s, round_)
+        shards.close_sweep(s, round_, 0.0, np.zeros(0))
     before = rules.add_sums([shards.sums(s) for s in range(3)])
     total = sum(shards.update(s, round_, before, scale, level) for s in range(3))
 
@@ -329,6 +330,28 @@ def test_excluded_rows_never_count(pool: str, rule: str) -> None:
             assert (shards.state[s]["visits"][[3, 40]] == 0).all()
     np.testing.assert_array_equal(outcomes[0], outcomes[1])
     assert (outcomes[0] == 0).sum() >= 4
+
+
+def test_smoothing_moves_losses_towards_the_mean_of_their_class(pool: str) -> None:
+    shards = open_shards(pool, "hedge")
+    rng = np.random.default_rng(8)
+    loss = [rng.exponential(1.0, n).astype(np.float32) for n in SIZES]
+    for s in range(3):
+        shards.label[s] = rng.integers(NO_CLASS, 3, SIZES[s]).astype(np.int32)
+        shards.label[s][~shards.state[s].eligible] = 7  # a class that no scored image has
+        shards.open_sweep(s)
+        shards.take_scores(s, 0, {"loss": loss[s][shards.rows[s]]})
+    means = class_means([shards.class_sums(s) for s in range(3)])
+    scored = np.concatenate([loss[s][shards.rows[s]] for s in range(3)]).astype(np.float64)
+    label = np.concatenate([shards.label[s][shards.rows[s]] for s in range(3)])
+    for family in range(3):
+        np.testing.assert_allclose(means[family], scored[label == family].mean(), rtol=1e-9)
+    for s in range(3):
+        rows = shards.rows[s]
+        shards.close_sweep(s, 0, 0.25, means)
+        mean = np.where(shards.label[s][rows] < 0, loss[s][rows], means[shards.label[s][rows]])
+        expected = 0.75 * loss[s][rows] + 0.25 * mean
+        np.testing.assert_allclose(shards.state[s]["loss"][rows], expected, rtol=1e-6)
 
 
 def test_rows_the_guard_takes_out_stop_counting(pool: str) -> None:
