@@ -132,7 +132,7 @@ def _claim(found: Difference, what: What, whom: str) -> str:
     points = scaled(what.metric, found.mean)
     unit = f"points of {GROUPS[what.group]} {NAMES[what.metric]}"
     if found.n < 2:
-        return f"stands {signed(points)} {unit} from {whom} in one seed, which shows no difference"
+        return f"stands {signed(points)} {unit} from {whom} in one seed, which shows nothing yet"
     low, high = (scaled(what.metric, end) for end in found.t)
     over = f"(95 % interval {signed(low)} to {signed(high)} over {found.n} seeds)"
     if not found.shown:
