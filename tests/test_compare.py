@@ -185,7 +185,8 @@ def figures(comparison: Comparison) -> list[dict[str, Any]]:
     assert table.schema == SCHEMA
     rows = table.filter(pc.invert(pc.match_substring(table["metric"], "seconds"))).to_pylist()
     own = [cell.columns for cell in comparison.matrix.cells]
-    return [row for row in rows if {name: row[name] for name in own[0]} in own]
+    mine = [row for row in rows if {name: row[name] for name in own[0]} in own]
+    return [{**row, "value": repr(row["value"])} for row in mine]  # equal to the last digit; NaN is equal, too
 
 
 def written(out: Path) -> dict[str, int]:
