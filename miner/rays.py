@@ -31,6 +31,10 @@ def connect(address: str | None, num_cpus: int | None = None) -> int:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise MinerError(f"--address {address}: cannot join Ray ({first}); check it, or leave it out") from None
+    except Exception as error:  # Ray's own start-up has no type for it
+        if "timed out" not in str(error):
+            raise
+        raise MinerError("Ray did not start in time: the machine is too busy; run the same command again") from None
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 

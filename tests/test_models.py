@@ -9,6 +9,7 @@ from trainers.train import autocast, place, uniformity
 
 MILLIONS = {  # for 10 classes
     "small": (0.1, 0.5),
+    "medium": (0.92, 0.93),
     "wrn-40-2": (2.24, 2.25),
     "wrn-40-4": (8.94, 8.97),
     "wrn-28-10": (36.4, 36.6),
@@ -92,5 +93,5 @@ def test_seed_fixes_the_weights_and_leaves_the_global_generator_alone():
 
 
 def test_unknown_model_names_the_choices():
-    with pytest.raises(UsageError, match=r"'vgg': unknown; choose one of small, wrn-40-2"):
+    with pytest.raises(UsageError, match=r"'vgg': unknown; choose one of small, medium, wrn-40-2"):
         models.create("vgg", 10)
