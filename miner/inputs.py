@@ -14,11 +14,7 @@ from miner.pool import Pool, resolve
 
 def check(config: Config) -> None:
     """Raise UsageError for values that make no sense, before anything is read or computed."""
-    gammas = config.selection.gamma
-    if not gammas or len({f"{gamma:g}" for gamma in gammas}) < len(gammas):
-        raise UsageError(f"--gamma {' '.join(map(str, gammas))}: give one or more different values")
-    for gamma in gammas:
-        ranking.check_gamma(gamma)
+    ranking.check_gammas(config.selection.gamma)
     guard = config.selection.exclude_near_id
     if not 0.0 <= guard < 1.0:
         raise UsageError(f"--exclude-near-id {guard:g}: a share of the ID images, must lie in [0, 1)")
@@ -79,8 +75,7 @@ def eligible(pool: Pool) -> int:
 def check_sizes(config: Config, n: int) -> None:
     """Raise UsageError when a gamma of a pool of ``n`` images is less than one image."""
     for gamma in config.selection.gamma:
-        if Fraction(repr(gamma)) * n < 1:
-            raise UsageError(f"--gamma {gamma:g} of {n:,} images is less than one image; raise it")
+        ranking.check_size(gamma, n)
 
 
 def work(config: Config, n: int) -> tuple[int, int, int]:

@@ -219,7 +219,6 @@ class Mining:
 
     def recipe(self, gamma: float, chosen: pa.Table) -> dict[str, Any]:
         """All that is needed to draw the subset again, and the figures to judge it by."""
-        weight = self.rows.weight[self.rows.eligible]
         return {
             "gamma": gamma,
             "n": self.n,
@@ -233,7 +232,7 @@ class Mining:
             "run_id": self.run_id,
             "settings": _portable(self.config.mining()),
             "clipped_share": ranking.clipped_share(self.rows, gamma, self.n),
-            "effective_sample_size": float(weight.sum() ** 2 / (weight**2).sum()),
+            "effective_sample_size": ranking.effective_sample_size(self.rows),
             "classes": class_histogram(chosen, self.pool.classes),
         }
 

@@ -4,6 +4,7 @@ Every random number here is a pure function of (uid, seed, salt): it does not ma
 in which order, or how the pool is cut into shards.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -106,6 +107,20 @@ def check_gamma(gamma: float) -> None:
         raise UsageError(f"--gamma {gamma:g}: the share of the pool to keep must lie in (0, 1]")
 
 
+def check_gammas(gammas: Sequence[float]) -> None:
+    """Raise UsageError unless there are gammas, all different as written in folder names, each in (0, 1]."""
+    if not gammas or len({f"{gamma:g}" for gamma in gammas}) < len(gammas):
+        raise UsageError(f"--gamma {' '.join(map(str, gammas))}: give one or more different values")
+    for gamma in gammas:
+        check_gamma(gamma)
+
+
+def check_size(gamma: float, n: int) -> None:
+    """Raise UsageError when gamma of ``n`` images is less than one image."""
+    if Fraction(repr(gamma)) * n < 1:
+        raise UsageError(f"--gamma {gamma:g} of {n:,} images is less than one image; raise it")
+
+
 def subset_size(rows: Rows, gamma: float, n: int, draw: str, seed: int) -> int:
     """How long a prefix of the ranking gamma asks for: floor(gamma n) (paper Eq. 9: never more than gamma n).
 
@@ -131,3 +146,9 @@ def clipped_share(rows: Rows, gamma: float, n: int) -> float:
     """Share of eligible rows whose Eq. 20 chance gamma n w_i / sum w exceeds 1 (their weight cannot count fully)."""
     weight_M = rows.weight[rows.eligible]
     return float((gamma * n * weight_M > weight_M.sum()).mean())
+
+
+def effective_sample_size(rows: Rows) -> float:
+    """(sum w)^2 / sum w^2 of the eligible rows: how many equally weighted images the weights are worth."""
+    weight_M = rows.weight[rows.eligible]
+    return float(weight_M.sum() ** 2 / (weight_M**2).sum())

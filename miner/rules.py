@@ -5,7 +5,7 @@ L_out = sum w_i l_i / sum w_i (paper Eq. 14). Only ratios of weights matter to L
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,17 @@ class Sums(NamedTuple):
     weight_squared: float  # sum w^2
 
 
+class RootSums(NamedTuple):
+    """Global terms of the released update: eligible rows, sum w and sum sqrt(w)."""
+
+    rows: float
+    weight: float
+    root: float
+
+
+SomeSums = TypeVar("SomeSums", Sums, RootSums)
+
+
 def shard_sums(weight_N: Floats, loss_N: Floats) -> Sums:
     """Sums over one shard's eligible rows (float64 ``[N]`` each)."""
     return Sums(
@@ -41,12 +52,12 @@ def shard_sums(weight_N: Floats, loss_N: Floats) -> Sums:
     )
 
 
-def add_sums(parts: list[Sums]) -> Sums:
+def add_sums(parts: list[SomeSums]) -> SomeSums:
     """Add up per-shard sums in the order given. The caller gives shard order: float addition does not commute."""
-    total = np.zeros(len(Sums._fields))
+    total = np.zeros(len(parts[0]))
     for part in parts:
         total = total + np.asarray(part, dtype=np.float64)
-    return Sums(*(float(x) for x in total))
+    return type(parts[0])(*(float(x) for x in total))
 
 
 def l_out(sums: Sums) -> float:
@@ -131,14 +142,6 @@ def equilibrium_level(out_loss: Callable[[float], float], low: float, high: floa
 def softplus(v_N: Floats) -> Floats:
     """w = ln(1 + e^v)."""
     return np.logaddexp(0.0, v_N)
-
-
-class RootSums(NamedTuple):
-    """Global terms of the released update: eligible rows, sum w and sum sqrt(w)."""
-
-    rows: float
-    weight: float
-    root: float
 
 
 def reference_factors(weight_B: Floats, sums: RootSums) -> Floats:

@@ -6,7 +6,6 @@ import numpy as np
 
 from miner import rules
 from miner.rays import get
-from miner.rules import RootSums
 
 if TYPE_CHECKING:
     from miner.loop import Game
@@ -19,7 +18,7 @@ def stepwise_round(run: "Game", round_: int) -> dict[str, Any]:
     if round_ == 0 and run.config.guarded:
         run.sweep(0)  # for the guard and the strata only; the rule does not use its losses
     game, each = run.config.game, run.crew.each
-    sums = _add_roots(each("root_sums"))
+    sums = rules.add_sums(each("root_sums"))
     places = reference_draw(run, round_)
     run.display.phase(f"round {round_ + 1}/{game.effective_rounds} {game.rule}", len(places))
     shards = range(len(run.crew.owner))
@@ -36,7 +35,7 @@ def stepwise_round(run: "Game", round_: int) -> dict[str, Any]:
         root = factor * sums.weight / sums.root  # the factor is (m / wbar) sqrt(w)
         root_loss = float((root * loss).mean())
         per_shard = [(r, loss[members]) for r, members in zip(rows, inside, strict=True)]
-        sums = _add_roots(each("reference_step", root_loss, game.batch, game.alpha, sums, per_shard=per_shard))
+        sums = rules.add_sums(each("reference_step", root_loss, game.batch, game.alpha, sums, per_shard=per_shard))
         estimates.append(float((factor * loss).mean()))
         entropies += entropy
         run.display.advance(len(batch), note=f"L_out {estimates[-1]:.4f}")
@@ -63,10 +62,3 @@ def reference_draw(run: "Game", round_: int) -> np.ndarray:
     for s, rows in enumerate(run.crew.each("locate", per_shard=wanted)):
         places[shard == s, 1] = rows
     return places
-
-
-def _add_roots(parts: list[RootSums]) -> RootSums:
-    total = np.zeros(3)
-    for part in parts:
-        total = total + np.asarray(part)
-    return RootSums(*(float(x) for x in total))

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -141,7 +140,7 @@ class Pooling:
             "run_id": self.run_id,
             **self.facts,
             "clipped_share": ranking.clipped_share(self.rows, gamma, self.n),
-            "effective_sample_size": _effective(self.rows),
+            "effective_sample_size": ranking.effective_sample_size(self.rows),
             "classes": class_histogram(chosen, self.pool.classes),
         }
         display.phase(f"subset-{gamma:g}", self.sizes[gamma])
@@ -171,10 +170,7 @@ def _check(runs: Sequence[Path], how: str, gammas: Sequence[float]) -> None:
         raise UsageError(f"--how {how}: choose one of {', '.join(get_args(How))}")
     if len(runs) < 2:
         raise UsageError("nothing to pool: give two or more run directories")
-    if not gammas or len({f"{gamma:g}" for gamma in gammas}) < len(gammas):
-        raise UsageError(f"--gamma {' '.join(map(str, gammas))}: give one or more different values")
-    for gamma in gammas:
-        ranking.check_gamma(gamma)
+    ranking.check_gammas(gammas)
 
 
 def _check_one_pool(sources: Sequence[Source]) -> None:
@@ -208,8 +204,7 @@ def _weights(rows: ranking.Rows, rank_N: ranking.Words, how: str) -> ranking.Flo
 
 
 def _size(rows: ranking.Rows, gamma: float, n: int) -> int:
-    if Fraction(repr(gamma)) * n < 1:
-        raise UsageError(f"--gamma {gamma:g} of {n:,} images is less than one image; raise it")
+    ranking.check_size(gamma, n)
     try:
         return ranking.subset_size(rows, gamma, n, "topk", 0)
     except MinerError:
@@ -217,10 +212,6 @@ def _size(rows: ranking.Rows, gamma: float, n: int) -> int:
         raise UsageError(
             f"--gamma {gamma:g} of {n:,} images cannot be had: only {left:,} are excluded by none of the runs; lower it"
         ) from None
-
-
-def _effective(rows: ranking.Rows) -> float:
-    return float(rows.weight.sum() ** 2 / (rows.weight**2).sum())
 
 
 def _joined(names: Iterable[str]) -> str:

@@ -14,14 +14,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.compare_selectors import FULL as FULL_POOL
+from pipelines.compare_selectors import MINED, NONE, RANDOM
 from trainers.metrics import UP
 
 LEVEL = 0.95
 TIE = 0.001 + 1e-12  # differences up to 0.1 points are none; the rest is for rounding
 EXACT = 6  # seeds up to which all n^n resamples are taken
 DRAWS = 10_000
-NONE, FULL_POOL, RANDOM = "none", "full", "random"  # the selectors that are not mined
-_FIRST = (NONE, FULL_POOL, RANDOM, "mined")  # in tables they come in this order, the others by name
+_FIRST = (NONE, FULL_POOL, RANDOM, MINED)  # in tables they come in this order, the others by name
 GROUPS = {"far": "natural", "near": "near", "noise": "noise"}  # never averaged together
 # Names of pipelines.judge, which would load torch.
 MEAN, FULL, REPEATED, MISCLASSIFICATION, ID = "mean", "full", "1:5", "misclassification", "id"

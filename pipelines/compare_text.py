@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipelines.compare_stats import (
     FULL_POOL,
     GROUPS,
+    MINED,
     NONE,
     RANDOM,
     Arm,
@@ -98,7 +99,7 @@ def main_selector(results: Results) -> str | None:
     """The selector that the verdict is about: mined, else the first that is mined for the classifier at hand."""
     names = dict.fromkeys(arm.selector for arm in results.arms)
     own = [name for name in names if name not in (NONE, FULL_POOL, RANDOM) and "@" not in name]
-    return "mined" if "mined" in own else next(iter(own), None)
+    return MINED if MINED in own else next(iter(own), None)
 
 
 def main_group(results: Results) -> str | None:

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from pipelines.compare_matrix import UNIVERSAL
 from pipelines.compare_stats import RANDOM, Arm, Results, What, mean_std
 from pipelines.compare_text import DASH, HOW, NAMES, Told, arm_name, arrowed, main_group, method_name, number, spread
-
-UNIVERSAL = ("mean-rank", "max-weight")  # rankings pooled over all ID sets
 
 
 class Family(NamedTuple):

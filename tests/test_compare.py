@@ -1,11 +1,7 @@
 """The runner of comparisons: selectors, the matrix, and real tiny comparisons that are killed, widened and broken."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import ray
+from helpers import start_and_kill
 
 from miner import demo
 from miner.build import write_arrays_pool
@@ -269,17 +266,7 @@ def test_killed_and_started_again_gives_the_same_rows(done: Comparison, tmp_path
     for flag in ("pool", "ood", "selectors", "gamma", "seeds"):
         words += [f"--{flag}", *map(str, getattr(config, flag))]
     words += ["--images", str(config.images), "--epochs", str(config.epochs), "--out", str(config.out)]
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(words, cwd=ROOT, stderr=log, stdout=log, start_new_session=True)
-    try:
-        end = time.monotonic() + 120
-        while not list(config.out.glob(f"cells/*/{ROWS}")):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.005)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    start_and_kill(words, ROOT, tmp_path / "log", lambda: list(config.out.glob(f"cells/*/{ROWS}")), 120)
     before = written(config.out)
     assert sum(name.endswith(ROWS) for name in before) < 3
     assert not (config.out / "results.parquet").exists()

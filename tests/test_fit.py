@@ -1,18 +1,15 @@
 """The training loop and its job: every method learns, resumes to the last bit, and refuses what would fool its user."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, silent
+from helpers import CPU, silent, start_and_kill
 from safetensors.torch import save_file
 
 from miner import demo
@@ -229,15 +226,8 @@ def test_killed_and_resumed_is_the_same_to_the_last_digit(tmp_path):
         "--out",
         str(tmp_path / "cut"),
     ]
-    victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "cut" / "epochs" / "000001" / "COMMITTED").exists():
-        assert victim.poll() is None, victim.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(victim.pid, signal.SIGKILL)
-    victim.wait()
-    victim.stderr.close()
+    mark = tmp_path / "cut" / "epochs" / "000001" / "COMMITTED"
+    start_and_kill(command, Path(__file__).parent.parent, tmp_path / "log", mark.exists, 120)
     assert not (tmp_path / "cut" / "summary.json").exists()
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -8,11 +8,9 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import pytest
 import ray
 import torch
 import webdataset
+from helpers import start_and_kill
 from PIL import Image
 from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
@@ -304,18 +303,8 @@ def command(config: Config) -> list[str]:
 def test_a_killed_run_goes_on_to_the_same_bytes(plain: Mined, base: Config, tmp_path: Path) -> None:
     config = change(base, tmp_path / "run", pool_actors=2)
     root = Path(__file__).parent.parent
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(command(config), cwd=root, stderr=log, stdout=log, start_new_session=True)
-    try:
-        mark = tmp_path / "run" / "rounds" / "000000" / "COMMITTED"
-        end = time.monotonic() + 180
-        while not mark.exists():
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.005)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    mark = tmp_path / "run" / "rounds" / "000000" / "COMMITTED"
+    start_and_kill(command(config), root, tmp_path / "log", mark.exists, 180)
     assert not (tmp_path / "run" / "weights").exists()
     rounds = [p.parent.name for p in tmp_path.glob("run/rounds/*/COMMITTED")]
     assert "000000" in rounds

@@ -1,7 +1,8 @@
 """TrainerActor: scores blocks of the pool forward-only and takes the game's training steps. GPU when there is one."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from trainers.checkpoint import pack, restore
 from trainers.config import PretrainConfig
 from trainers.data import IdSet, augment, normalise
 from trainers.fit import pretrain
-from trainers.train import autocast, joint_step, place, uniformity
+from trainers.train import autocast, features_and_logits, joint_step, place, uniformity
+
+Tensors = tuple[torch.Tensor, ...]
 
 # Images a forward pass: what fits a CPU's caches, a GPU's memory. Who scores a block must not change the arithmetic.
 _FORWARD = {"cpu": 256, "cuda": 4096}
@@ -93,20 +96,34 @@ class Trainer:
     # --- the frozen classifier: features, neighbours, strata ---------------------------------------------------
 
     @torch.inference_mode()
-    def _forward(self, images_BHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
-        """Float32 features, what strata are found in, and logits of the head in float32 (``features_and_logits``)."""
+    def _batched(self, images_BHWC: np.ndarray, forward: Callable[[torch.Tensor], Tensors]) -> Tensors:
+        """What ``forward`` gives of the normalised images, batch by batch, joined on the CPU."""
         torch.set_num_threads(self.scoring_threads)
-        parts = []
-        size = _FORWARD[self.device.type]
+        size, parts = _FORWARD[self.device.type], []
         for start in range(0, len(images_BHWC), size):
             x = normalise(torch.tensor(images_BHWC[start : start + size]).to(self.device))
-            with autocast(self.device):
-                trunk, looks = self.net.described(x)
-            features = trunk.float()
-            parts.append([t.cpu() for t in (features, looks, self.net.head(features))])
-        features, looks, logits = (torch.cat(found) for found in zip(*parts, strict=True))
-        vectors = features.numpy()
-        return vectors, unit(vectors) if self.by_features else looks.numpy(), logits
+            parts.append([t.cpu() for t in forward(x)])
+        return tuple(torch.cat(found) for found in zip(*parts, strict=True))
+
+    def _forward(self, images: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+        """Float32 features and logits."""
+        features, logits = self._batched(images, partial(features_and_logits, self.net))
+        return features.numpy(), logits
+
+    def _look(self, images: np.ndarray) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
+        """Features, logits, and what strata are found in, which costs more: only for what needs it."""
+        if self.by_features:
+            features, logits = self._forward(images)
+            return features, logits, unit(features)
+        found, logits, looks = self._batched(images, self._described)
+        return found.numpy(), logits, looks.numpy()
+
+    def _described(self, x: torch.Tensor) -> Tensors:
+        """Float32 features, logits and looks: ``features_and_logits`` with the maps on the way."""
+        with autocast(self.device):
+            trunk, looks = self.net.described(x)
+        features = trunk.float()
+        return features, self.net.head(features), looks
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Penultimate features float32 ``[n, D]`` of uint8 images ``[n, S, S, 3]``."""
@@ -126,7 +143,7 @@ class Trainer:
 
     def fit_strata(self, strata: int, near: float, labels: np.ndarray, *parts: np.ndarray) -> Strata:
         """Strata of the given images that the leak guard would spare, given their classes in the pool (-1: none)."""
-        features, looks, _ = self._forward(np.concatenate(parts))
+        features, _, looks = self._look(np.concatenate(parts))
         if np.isfinite(near) and self.nearest is not None:
             spared = ~near_id(self.nearest.query(features)[2], labels, near)
             looks = looks[spared] if spared.any() else looks
@@ -159,16 +176,19 @@ class Trainer:
 
         With ``look_up`` beside it: nearest ID images, stratum, distance to POEM's boundary, as far as they were set.
         """
-        features, looks, logits = self._forward(images)
+        scores: dict[str, np.ndarray] = {}
+        if look_up and self.strata is not None:
+            features, logits, looks = self._look(images)
+            scores["stratum"] = self.strata.assign(looks)
+        else:
+            features, logits = self._forward(images)
         losses = [uniformity(logits)]
-        losses += [uniformity(self._forward(view)[2]) for view in views(images, self.views, self.id_set.flip)]
-        scores = {"loss": torch.stack(losses).double().mean(dim=0).float().numpy()}
+        losses += [uniformity(self._forward(view)[1]) for view in views(images, self.views, self.id_set.flip)]
+        scores["loss"] = torch.stack(losses).double().mean(dim=0).float().numpy()
         if look_up:
             if self.nearest is not None:
                 found = self.nearest.query(features)
                 scores |= dict(zip(("nn_id_row", "nn_id_cosine", "nn50_id_cosine"), found, strict=True))
-            if self.strata is not None:
-                scores["stratum"] = self.strata.assign(looks)
             if self.boundary is not None:
                 scores["boundary"] = poem_distance(features, self.boundary)
         return scores
