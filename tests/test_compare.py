@@ -266,7 +266,7 @@ def test_killed_and_started_again_gives_the_same_rows(done: Comparison, tmp_path
     for flag in ("pool", "ood", "selectors", "gamma", "seeds"):
         words += [f"--{flag}", *map(str, getattr(config, flag))]
     words += ["--images", str(config.images), "--epochs", str(config.epochs), "--out", str(config.out)]
-    start_and_kill(words, ROOT, tmp_path / "log", lambda: list(config.out.glob(f"cells/*/{ROWS}")), 120)
+    start_and_kill(words, ROOT, tmp_path / "log", lambda: list(config.out.glob(f"cells/*/{ROWS}")), 600)
     before = written(config.out)
     assert sum(name.endswith(ROWS) for name in before) < 3
     assert not (config.out / "results.parquet").exists()

@@ -227,7 +227,7 @@ def test_killed_and_resumed_is_the_same_to_the_last_digit(tmp_path):
         str(tmp_path / "cut"),
     ]
     mark = tmp_path / "cut" / "epochs" / "000001" / "COMMITTED"
-    start_and_kill(command, Path(__file__).parent.parent, tmp_path / "log", mark.exists, 120)
+    start_and_kill(command, Path(__file__).parent.parent, tmp_path / "log", mark.exists, 600)
     assert not (tmp_path / "cut" / "summary.json").exists()
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -304,7 +304,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(plain: Mined, base: Config, tmp_
     config = change(base, tmp_path / "run", pool_actors=2)
     root = Path(__file__).parent.parent
     mark = tmp_path / "run" / "rounds" / "000000" / "COMMITTED"
-    start_and_kill(command(config), root, tmp_path / "log", mark.exists, 180)
+    start_and_kill(command(config), root, tmp_path / "log", mark.exists, 600)
     assert not (tmp_path / "run" / "weights").exists()
     rounds = [p.parent.name for p in tmp_path.glob("run/rounds/*/COMMITTED")]
     assert "000000" in rounds
