@@ -2,7 +2,8 @@
 
 Everything global (sums, thresholds, orders) comes from the driver, which adds up per-shard parts in shard
 order. So the result does not depend on which actor owns which shard. Methods that apply a round name it, and are
-no-ops when it was already applied; a step of the released update is sent once and never repeated.
+no-ops when it was already applied; a step of the released update is sent once and never repeated. After a loss every
+shard starts again from a snapshot (``restore``) or from nothing (``reset``), and from the scores that were kept.
 """
 
 from pathlib import Path
@@ -18,6 +19,7 @@ from miner.errors import MinerError
 from miner.guard import NO_CLASS, ClassSums, class_sums
 from miner.pool import Pool
 from miner.rules import RootSums, Sums
+from miner.scores import Scores, scores_file
 from miner.weights import ShardState, final_table, write_arrow
 from trainers.image_set import ImageSet
 
@@ -34,32 +36,59 @@ class PoolShards:
         self.images: dict[int, np.ndarray] = {}
         self.uid: dict[int, np.ndarray] = {}
         self.label: dict[int, np.ndarray] = {}
-        self.rows: dict[int, np.ndarray] = {}  # rows of the sweep going on
-        self.losses: dict[int, np.ndarray] = {}
+        self.excluded: dict[int, np.ndarray] = {}  # what is out before the game begins
+        self.bad: dict[int, np.ndarray] = {}  # rows that do not decode, and their names
+        self.undecodable: dict[int, list[str]] = {}
+        self.scores: dict[int, Scores] = {}  # of the sweep going on
+
+    @ray.method(concurrency_group="tell")
+    def ping(self) -> bool:
+        """That this process lives; answered while it works."""
+        return True
 
     def each(self, method: str, shards: list[int], extra: list[tuple[Any, ...]], args: tuple[Any, ...]) -> list[Any]:
         """``method(shard, *extra, *args)`` for several shards in one message."""
         return [getattr(self, method)(s, *own, *args) for s, own in zip(shards, extra, strict=True)]
 
+    # --- pixels ----------------------------------------------------------------------------------------------
+
+    def pixels(self, shard: int) -> np.ndarray:
+        """All images of any shard, its owner's or not, uint8 ``[n, size, size, 3]``; decoded on the first call."""
+        if shard not in self.images:
+            self.images[shard], bad = cache.open_shard(self.pool, shard, self.size)
+            keys = self.pool.shard_index(shard, ["key"])["key"]
+            self.undecodable[shard] = [f"{keys[row]} ({reason})" for row, reason in sorted(bad.items())]
+            self.bad[shard] = np.array(sorted(bad), dtype=np.int64)
+        return self.images[shard]
+
+    def decode(self, shard: int) -> None:
+        """Decode one shard into the cache, for whoever owns it."""
+        self.pixels(shard)
+
     def prepare(self, shard: int, duplicates: np.ndarray, id_digests: np.ndarray) -> list[str]:
-        """Decode one shard once (or map its cache) and set out fresh weights; returns the keys that do not decode.
+        """Get one shard ready, once; returns the keys that do not decode.
 
         ``duplicates`` are rows that repeat an earlier image's bytes, ``id_digests`` ("S16", ``ImageSet.digests``)
         stand for the pixels of the ID set's images: rows that show one of them are left out.
         """
-        self.images[shard], bad = cache.open_shard(self.pool, shard, self.size)
-        index = self.pool.shard_index(shard, ["uid", "key", "label", "excluded_by"])
-        self.uid[shard] = ranking.uid_words(index["uid"].to_pylist())
-        self.label[shard] = pc.fill_null(index["label"], NO_CLASS).to_numpy().astype(np.int32)
-        state = ShardState.fresh(self.rule, len(index))
-        state.exclude(index["excluded_by"].is_valid().to_numpy(), "exclude-list")
-        state.exclude(duplicates, "duplicate")
-        state.exclude(np.array(sorted(bad), dtype=np.int64), "decode")
-        pixels = ImageSet("shard", (self.images[shard],)).digests()
-        state.exclude(np.isin(pixels, id_digests), "id-duplicate")
+        images = self.pixels(shard)
+        if shard not in self.uid:
+            index = self.pool.shard_index(shard, ["uid", "label", "excluded_by"])
+            start = ShardState.fresh(self.rule, len(index))
+            start.exclude(index["excluded_by"].is_valid().to_numpy(), "exclude-list")
+            start.exclude(duplicates, "duplicate")
+            start.exclude(self.bad[shard], "decode")
+            start.exclude(np.isin(ImageSet("shard", (images,)).digests(), id_digests), "id-duplicate")
+            self.excluded[shard] = start["excluded"]
+            self.label[shard] = pc.fill_null(index["label"], NO_CLASS).to_numpy().astype(np.int32)
+            self.uid[shard] = ranking.uid_words(index["uid"].to_pylist())
+        return self.undecodable[shard]
+
+    def reset(self, shard: int) -> None:
+        """Set out fresh weights."""
+        state = ShardState.fresh(self.rule, len(self.uid[shard]))
+        state["excluded"][:] = self.excluded[shard]
         self.state[shard] = state
-        keys = index["key"].to_pylist()
-        return [f"{keys[row]} ({reason})" for row, reason in sorted(bad.items())]
 
     def restore(self, shard: int, path: str) -> None:
         """Take one shard's live columns from a committed snapshot."""
@@ -68,22 +97,28 @@ class PoolShards:
             raise MinerError(f"{path}: {len(state['excluded'])} rows, but the pool's shard has {len(self.uid[shard])}")
         self.state[shard] = state
 
+    def rows_of(self, shard: int, rows: np.ndarray) -> np.ndarray:
+        """Images of the given rows, uint8 ``[n, size, size, 3]``."""
+        return self.pixels(shard)[rows]
+
     # --- score -----------------------------------------------------------------------------------------------
 
-    def open_sweep(self, shard: int) -> int:
-        """Fix the rows to be scored, those eligible now; returns how many."""
-        self.rows[shard] = np.flatnonzero(self.state[shard].eligible)
-        self.losses[shard] = np.full(len(self.uid[shard]), np.nan, np.float32)
-        return len(self.rows[shard])
+    def open_sweep(self, shard: int, folder: str, stamp: str) -> tuple[int, np.ndarray]:
+        """How many eligible rows a sweep has, and which of them are still to be scored (``np.packbits``).
 
-    def block(self, shard: int, start: int, stop: int) -> np.ndarray:
-        """Images of the sweep's rows [start, stop), uint8 ``[n, size, size, 3]``."""
-        return self.images[shard][self.rows[shard][start:stop]]
+        Scores of the same sweep, ``stamp``, that were kept in ``folder`` before are not learned again.
+        """
+        eligible = self.state[shard].eligible
+        kept = Scores.read(Path(folder) / scores_file(shard), stamp, eligible)
+        self.scores[shard] = kept or Scores.fresh(eligible)
+        return int(eligible.sum()), np.packbits(self.scores[shard].missing)
 
-    def take_scores(self, shard: int, start: int, scores: dict[str, np.ndarray]) -> int:
-        """Keep one block's losses and look-ups; raises MinerError naming keys when a loss is not finite."""
-        rows = self.rows[shard][start : start + len(scores["loss"])]
-        broken = rows[~np.isfinite(scores["loss"])]
+    def take_scores(self, shard: int, rows: np.ndarray, found: dict[str, np.ndarray], folder: str, stamp: str) -> bool:
+        """Take in one block's losses and look-ups, once; with the last block keep the shard's in ``folder``.
+
+        Returns whether that was the last. Raises MinerError naming keys when a loss is not finite.
+        """
+        broken = rows[~np.isfinite(found["loss"])]
         if len(broken):
             keys = self.pool.shard_index(shard, ["key"])["key"].to_pylist()
             some = ", ".join(keys[row] for row in broken[:5])
@@ -92,23 +127,30 @@ class PoolShards:
                 f"rows {rows[0]}-{rows[-1]} (keys {some}{', ...' if len(broken) > 5 else ''}); the classifier has "
                 "diverged: start anew with a lower --lr or another --checkpoint in another --out"
             )
-        self.losses[shard][rows] = scores["loss"]
-        for name in scores.keys() - {"loss"}:
-            self.state[shard][name][rows] = scores[name]
-        return len(rows)
+        scores = self.scores[shard]
+        if not scores.missing[rows].any():
+            return False  # somebody else was quicker
+        scores.take(rows, found)
+        if scores.missing.any():
+            return False
+        scores.write(Path(folder) / scores_file(shard), stamp)
+        return True
 
     def class_sums(self, shard: int) -> ClassSums:
         """Sum and number of the sweep's losses by class of the pool."""
-        rows = self.rows[shard]
-        return class_sums(self.losses[shard][rows], self.label[shard][rows])
+        eligible = self.state[shard].eligible
+        return class_sums(self.scores[shard]["loss"][eligible], self.label[shard][eligible])
 
     def close_sweep(self, shard: int, round_: int, smooth: float, means: np.ndarray) -> None:
-        """Apply the sweep's losses, once a round: ``smooth`` of each image's is the mean of its class."""
-        loss, rows = self.losses[shard], self.rows[shard]
+        """Apply the sweep's scores, once a round: ``smooth`` of each image's loss is the mean of its class."""
+        state, scores = self.state[shard], self.scores.pop(shard)
+        rows, loss = state.eligible, scores["loss"]
+        for name in scores.columns.keys() - {"loss"}:
+            state[name][rows] = scores[name][rows]
         if smooth:
-            rows = rows[self.label[shard][rows] != NO_CLASS]
+            rows = rows & (self.label[shard] != NO_CLASS)
             loss[rows] = (1.0 - smooth) * loss[rows] + smooth * means[self.label[shard][rows]]
-        self.state[shard].apply_losses(round_, loss)
+        state.apply_losses(round_, loss)
 
     def guard_columns(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """What the leak guard judges eligible rows by: cosine to the 50th nearest ID image float32, class int32."""
@@ -192,10 +234,6 @@ class PoolShards:
         rows = rows[np.isfinite(keys[rows])]
         return keys[rows], rows
 
-    def rows_of(self, shard: int, rows: np.ndarray) -> np.ndarray:
-        """Images of the given rows, uint8 ``[n, size, size, 3]``."""
-        return self.images[shard][rows]
-
     def root_sums(self, shard: int) -> RootSums:
         """This shard's part of the released update's global terms."""
         keep = self.state[shard].eligible
@@ -255,6 +293,7 @@ class PoolShards:
         write_arrow(table, Path(folder) / f"shard-{shard:06d}.arrow")
 
 
-# The state is rebuilt from snapshots, so Ray may restart the process, but it must never repeat a call by itself:
-# its retries come late, out of order and without an exception.
-PoolActor = ray.remote(max_restarts=0, max_task_retries=0)(PoolShards)
+# Ray must neither restart a process nor repeat a call by itself: its retries come late, out of order and without an
+# exception. The crew does it. One thread works, in the order of the calls; the other answers ``ping``.
+_OPTIONS: Any = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"tell": 1}}
+PoolActor = ray.remote(**_OPTIONS)(PoolShards)

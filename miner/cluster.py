@@ -1,69 +1,197 @@
-"""Set out the pool and trainer actors of a run on whatever machines Ray has."""
+"""The pool and trainer actors of a run: set out on whatever machines Ray has, watched, replaced when they are lost.
+
+A new process is a new handle, and nothing is ever sent to an old one again. Those that live on take their calls in
+the order in which they were made. So a call of before a loss can at worst be done by a process that nobody asks any
+more, and all that it can write are the bytes that its successor writes too.
+"""
 
 import os
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from miner.config import Config
-from miner.errors import UsageError
-from miner.rays import get
+from miner.errors import MinerError, UsageError
+from miner.progress import Display
+from miner.rays import GONE, LostError, get
 from trainers.data import IdSet
 
+POLL = 2.0  # seconds between two looks at what is being waited for
+PATIENCE = 60.0  # seconds without an answer to "are you there?" after which a process counts as lost
+PLACING = 60.0  # seconds that a new trainer may wait for a slot while others can do its work
+MOST_LOSSES = 10  # in a row, without anything new that is kept
 
-@dataclass
+
 class Crew:
-    """The actors and who owns what."""
+    """The actors and who owns what. ``owner[shard]`` is a pool actor; the first of ``trainers`` also trains."""
 
-    pools: list[Any]
-    owner: list[Any]  # shard -> pool actor
-    trainers: list[Any]
+    def __init__(self, config: Config, pool: str, shards: int, id_set: IdSet, display: Display) -> None:
+        self.config, self.pool, self.shards, self.display = config, pool, shards, display
+        self.id_set = ray.put(id_set)
+        self.kind = _slots(config)
+        wanted = config.machines.pool_actors or min(_count("CPU"), 16)
+        self.names: dict[Any, str] = {}
+        self.pools = [self._pool(i) for i in range(max(1, min(wanted, shards)))]
+        self.trainers = [self._trainer(i) for i in range(config.machines.trainers)]
+        self.pings: dict[Any, tuple[Any, float]] = {}  # actor -> question and when it was put
+        self.deaths: list[dict[str, Any]] = []
+        self.kept_at, self.losses = time.monotonic(), 0
+
+    @property
+    def owner(self) -> list[Any]:
+        """Pool actor of each shard."""
+        return [self.pools[shard % len(self.pools)] for shard in range(self.shards)]
+
+    # --- calls ---------------------------------------------------------------------------------------------------
 
     def each(self, method: str, *args: Any, per_shard: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
         """``method(shard, *per_shard[shard], *args)`` for every shard, one message an actor; in shard order."""
-        extra = per_shard or [()] * len(self.owner)
-        mine = [[s for s, owner in enumerate(self.owner) if owner is actor] for actor in self.pools]
+        extra = per_shard or [()] * self.shards
+        mine = [range(i, self.shards, len(self.pools)) for i in range(len(self.pools))]
         calls = [
-            actor.each.remote(method, shards, [extra[s] for s in shards], args)
+            actor.each.remote(method, list(shards), [extra[s] for s in shards], args)
             for actor, shards in zip(self.pools, mine, strict=True)
         ]
-        found = {
-            s: r for shards, results in zip(mine, get(calls), strict=True) for s, r in zip(shards, results, strict=True)
-        }
-        return [found[shard] for shard in range(len(self.owner))]
+        found: list[Any] = [None] * self.shards
+        for shards, results in zip(mine, self.get(calls), strict=True):
+            for shard, result in zip(shards, results, strict=True):
+                found[shard] = result
+        return found
+
+    def get(self, refs: Any) -> Any:
+        """Results of calls. Raises LostError when an actor dies, or does not even say that it is there."""
+        waiting = list(refs) if isinstance(refs, list) else [refs]
+        while waiting:
+            done, waiting = self.wait(waiting, len(waiting))
+            if waiting:
+                get(done)  # a failure is told before the slowest has ended
+        return get(refs)
+
+    def wait(self, refs: list[Any], count: int = 1, seconds: float = POLL) -> tuple[list[Any], list[Any]]:
+        """``ray.wait`` for at most ``seconds``, with an eye on actors that hang."""
+        found = ray.wait(refs, num_returns=count, timeout=seconds, fetch_local=False)
+        if not found[0]:
+            self._feel_pulse()
+        return found
+
+    def _feel_pulse(self) -> None:
+        """Ask every actor whether it is there. Raises LostError for one that has not answered for PATIENCE seconds.
+
+        The question is answered beside whatever an actor works at, so that long work is not taken for a standstill.
+        """
+        now = time.monotonic()
+        for actor in [*self.pools, *self.trainers]:
+            question, since = self.pings.get(actor) or (actor.ping.remote(), now)
+            if ray.wait([question], timeout=0)[0]:
+                get(question)
+                self.pings.pop(actor, None)
+            elif now - since > PATIENCE:
+                raise LostError(f"a worker process hangs ({self.names[actor]}: no answer for {PATIENCE:.0f} s)")
+            else:
+                self.pings[actor] = question, since
+
+    # --- losses --------------------------------------------------------------------------------------------------
+
+    def kept(self) -> None:
+        """Something new lies in the run directory: a loss costs no more than what comes after it."""
+        self.kept_at, self.losses = time.monotonic(), 0
+
+    def mend(self, loss: LostError) -> list[str]:
+        """Replace whoever is lost; returns their names. Raises ``loss`` when it happens again and again.
+
+        The caller then brings everybody back to what was kept.
+        """
+        self.losses += 1
+        if self.losses > MOST_LOSSES:
+            raise MinerError(f"{loss} ({MOST_LOSSES} times in a row without progress: out of memory?)") from None
+        self.pings.clear()
+        questions = {actor: actor.ping.remote() for actor in [*self.pools, *self.trainers]}
+        ray.wait(list(questions.values()), num_returns=len(questions), timeout=PATIENCE)
+        lost = [actor for actor, question in questions.items() if not _answered(question)]
+        names = [self.names[actor] for actor in lost]
+        for actor in lost:
+            ray.kill(actor)
+            number = int(self.names.pop(actor).partition("-")[2])
+            if actor in self.pools:
+                self.pools[number] = self._pool(number)
+            else:
+                self.trainers[self.trainers.index(actor)] = self._trainer(number)
+        self._drop_homeless()
+        return names
+
+    def record(self, names: list[str], loss: LostError, phase: str) -> None:
+        """Note a loss that has been made good, and say what it cost: the time since something was last kept."""
+        seconds = time.monotonic() - self.kept_at
+        why = str(loss).partition(" (")[2].partition(");")[0].partition("; ")[0]
+        who = " and ".join(names) or "a process"
+        self.deaths.append({"who": who, "phase": phase, "why": why, "seconds_lost": round(seconds, 1)})
+        self.display.say(f"{who} lost in {phase}, replaced; {seconds:.1f} s of work and waiting lost")
+
+    def _drop_homeless(self) -> None:
+        """Go on with fewer trainers when a machine is gone for which there is no other."""
+        while len(self.trainers) > 1:
+            questions = {trainer.ping.remote(): trainer for trainer in self.trainers}
+            _, waiting = ray.wait(list(questions), num_returns=len(questions), timeout=PLACING)
+            if not waiting:
+                return
+            self.trainers.remove(questions[waiting[-1]])
+            ray.kill(questions[waiting[-1]])
+            self.display.say(f"no slot for a trainer: going on with {len(self.trainers)}")
 
     def dismiss(self) -> None:
         """End all actors, so that their CPUs and GPUs are free for whatever comes next."""
         for actor in self.pools + self.trainers:
             ray.kill(actor)
 
+    # --- starting ------------------------------------------------------------------------------------------------
 
-def crew(config: Config, pool: str, shards: int, id_set: IdSet) -> Crew:
-    """Start the actors. Trainers take a GPU each where the cluster has any, else one CPU's slot."""
-    from miner.actors import PoolActor
-    from trainers.actor import TrainerActor
+    def _pool(self, number: int) -> Any:
+        """A new pool actor. It reserves no CPU: all must be placed on whatever there is, spread over the nodes."""
+        from miner.actors import PoolActor
 
-    game, machines = config.game, config.machines
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    kind = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
-    if machines.trainers > (gpus or cpus):
-        raise UsageError(f"--trainers {machines.trainers}: the cluster has {gpus} GPUs and {cpus} CPUs")
-    # One core is left to pool actors and driver: OpenMP threads that share a core wait for each other at every layer.
-    scoring = max(((os.cpu_count() or 2) - 1) // machines.trainers, 1)
-    threads = (game.threads, scoring)
-    shared = ray.put(id_set)
-    trainer = TrainerActor.options(**kind)
-    trainers = [
-        trainer.remote(config.data.model, shared, config.data.seed, threads, game) for _ in range(machines.trainers)
-    ]
-    wanted = machines.pool_actors or min(cpus, 16)
-    # Pool actors reserve no CPU: they must all be placed on whatever there is, spread over the nodes.
-    actor = PoolActor.options(num_cpus=0, scheduling_strategy="SPREAD")
-    pools: list[Any] = [
-        actor.remote(pool, config.data.size, config.data.seed, game.rule, game.eta)
-        for _ in range(max(1, min(wanted, shards)))
-    ]
-    return Crew(pools, [pools[shard % len(pools)] for shard in range(shards)], trainers)
+        data, game = self.config.data, self.config.game
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": _place(number)}
+        actor = PoolActor.options(**options).remote(self.pool, data.size, data.seed, game.rule, game.eta)
+        self.names[actor] = f"pool-{number}"
+        return actor
+
+    def _trainer(self, number: int) -> Any:
+        """A new trainer: a GPU where the cluster has any, else one CPU's slot."""
+        from trainers.actor import TrainerActor
+
+        data, game, machines = self.config.data, self.config.game, self.config.machines
+        # One core is left to pool actors and driver: OpenMP threads that share a core wait for each other.
+        scoring = max(((os.cpu_count() or 2) - 1) // machines.trainers, 1)
+        actor = TrainerActor.options(**self.kind).remote(
+            data.model, self.id_set, data.seed, (game.threads, scoring), game
+        )
+        self.names[actor] = f"trainer-{number}"
+        return actor
+
+
+def _answered(question: Any) -> bool:
+    try:
+        return bool(ray.get(question, timeout=0))
+    except (*GONE, ray.exceptions.GetTimeoutError):
+        return False
+
+
+def _place(number: int) -> Any:
+    """Pool actors take turns over the living nodes: softly, so that one that dies meanwhile does not matter."""
+    nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    return NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
+
+
+def _count(kind: str) -> int:
+    return int(ray.cluster_resources().get(kind, 0))
+
+
+def _slots(config: Config) -> dict[str, Any]:
+    """What a trainer reserves. Raises UsageError when the cluster can never give it."""
+    gpus, cpus = _count("GPU"), max(_count("CPU"), 1)
+    if config.machines.trainers > (gpus or cpus):
+        raise UsageError(f"--trainers {config.machines.trainers}: the cluster has {gpus} GPUs and {cpus} CPUs")
+    return {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}

@@ -5,9 +5,10 @@ shard order, trains the classifier on batches drawn from the new weights, and co
 random numbers depend on (seed, round, shard, uid), never on how many actors there are.
 """
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +20,13 @@ from miner.cluster import Crew
 from miner.config import ONE_SWEEP, Config
 from miner.errors import MinerError
 from miner.guard import NO_CLASS, class_means, near_id
+from miner.pool import Shard
 from miner.progress import Display
-from miner.rays import get
 from miner.rules import Sums
 from miner.run_dir import RunDir, write_file, write_json
 from miner.stepwise import stepwise_round
+from miner.sweep import Sweep, block_size, cut
 
-BLOCK = 4096  # images a scoring message; cut by shard, so that arithmetic does not change with the actors
-IN_FLIGHT = 3  # blocks on their way to one trainer
 CHUNK_STEPS = 16  # training steps a message
 
 
@@ -37,8 +37,10 @@ class Game:
     config: Config
     crew: Crew
     run: RunDir
+    shards: Sequence[Shard]
     display: Display
     on_round: Callable[[dict[str, Any]], None]
+    theta: str = ""  # hash of the classifier that the round begins with
     near: float = np.inf  # cosine to the ID set above which the leak guard leaves out; needed in the first round only
     scale: float = 0.0  # spread of the first sweep's losses; 0: not known yet
 
@@ -67,46 +69,22 @@ class Game:
 
     def sweep(self, round_: int) -> dict[str, Any]:
         """One forward pass over every eligible image; round 0 also looks up neighbours and strata, and guards."""
-        crew = self.crew
-        counts = crew.each("open_sweep")
-        blocks = [(s, start) for s in range(len(counts)) for start in range(0, counts[s], BLOCK)]
-        self.display.phase(f"round {round_ + 1}/{self.config.game.effective_rounds} score", sum(counts))
-        started = time.monotonic()
-        busy: dict[Any, tuple[int, int, int]] = {}  # scores on their way -> (trainer, shard, start)
-        taken: list[Any] = []
-        load = [0] * len(crew.trainers)  # blocks in flight to each
-        for shard, start in blocks:
-            while min(load) >= IN_FLIGHT:
-                taken.append(self._reap(busy, load))
-            trainer = load.index(min(load))
-            images = crew.owner[shard].block.remote(shard, start, min(start + BLOCK, counts[shard]))
-            busy[crew.trainers[trainer].score.remote(images, round_ == 0)] = trainer, shard, start
-            load[trainer] += 1
-        while busy:
-            taken.append(self._reap(busy, load))
-        get(taken)
+        crew, started = self.crew, time.monotonic()
+        folder, stamp = str(self.run.kept_scores.resolve()), f"round {round_} theta {self.theta}"
+        opened = crew.each("open_sweep", folder, stamp)
+        total, left = sum(count for count, _ in opened), [mask for _, mask in opened]
+        todo = sum(int(np.unpackbits(mask).sum()) for mask in left)
+        self.display.phase(f"round {round_ + 1}/{self.config.game.effective_rounds} score", total, total - todo)
+        counts = [shard.count for shard in self.shards]
+        sweep = Sweep(crew, self.display, round_ == 0, folder, stamp)
+        sweep.run(cut(left, counts, block_size(self.config.data.size)))
         smooth = self.config.game.smooth
         means = class_means(crew.each("class_sums")) if smooth else np.zeros(0)
         crew.each("close_sweep", round_, smooth, means)
-        record = {
-            "scored": sum(counts),
-            "score_images_per_s": round(sum(counts) / (time.monotonic() - started), 1),
-        }
+        record = {"scored": total, "score_images_per_s": round(todo / (time.monotonic() - started), 1)}
         if round_ == 0:
             record |= self.guard()
         return record
-
-    def _reap(self, busy: dict[Any, tuple[int, int, int]], load: list[int]) -> Any:
-        """Wait for one block's scores and send them to their owner, who counts them.
-
-        Only now: Ray delivers calls to an actor in the order they were made, so that scores sent while still on
-        their way would hold up the owner's next blocks, and the trainer would wait.
-        """
-        scores = ray.wait(list(busy), num_returns=1, fetch_local=False)[0][0]
-        trainer, shard, start = busy.pop(scores)
-        load[trainer] -= 1
-        self.display.advance(BLOCK)
-        return self.crew.owner[shard].take_scores.remote(shard, start, scores)
 
     def guard(self) -> dict[str, Any]:
         """Leave out what is too near the ID set (DESIGN: the leak guard is part of the method)."""
@@ -196,7 +174,7 @@ class Game:
         entropies: list[float] = []
         losses: list[np.ndarray] = []
         for result in self._chunks(round_, places):
-            entropy, loss = get(result)
+            entropy, loss = self.crew.get(result)
             entropies += entropy
             losses.append(loss)
             self.display.advance(len(loss), note=f"L_out {loss.mean():.4f}")
@@ -225,14 +203,15 @@ class Game:
         back = np.empty(len(places), np.int64)
         back[by_shard] = np.arange(len(places))
         shards = np.unique(places[:, 0])
-        parts = [self.crew.owner[s].rows_of.remote(int(s), places[places[:, 0] == s, 1]) for s in shards]
+        owner = self.crew.owner
+        parts = [owner[s].rows_of.remote(int(s), places[places[:, 0] == s, 1]) for s in shards]
         return self.crew.trainers[0].train.remote(round_, first, back, factors, *parts)
 
     def share_theta(self) -> None:
         """Bring every trainer to the theta of the first, which trains."""
         if len(self.crew.trainers) > 1:
             state = self.crew.trainers[0].state.remote()
-            get([trainer.set_state.remote(state) for trainer in self.crew.trainers[1:]])
+            self.crew.get([trainer.set_state.remote(state) for trainer in self.crew.trainers[1:]])
 
     # --- commit --------------------------------------------------------------------------------------------------
 
@@ -241,18 +220,28 @@ class Game:
         folder = self.run.round(round_)
         folder.mkdir(parents=True, exist_ok=True)
         self.crew.each("snapshot", str(folder.resolve()))
-        write_file(folder / "trainer.safetensors", get(self.crew.trainers[0].state.remote()))
+        state = self.crew.get(self.crew.trainers[0].state.remote())
+        write_file(folder / "trainer.safetensors", state)
         write_json(folder / "round.json", {"round": round_, "loss_scale": self.scale})
         self.run.commit(round_)
+        self.theta = theta_of(state)
+        self.crew.kept()
 
     def restore(self, round_: int) -> None:
         """Bring all actors to the state of a committed round."""
-        folder = self.run.verified(round_).resolve()
-        paths = [(str(folder / f"shard-{shard:06d}.arrow"),) for shard in range(len(self.crew.owner))]
+        folder = self.run.round(round_).resolve()
+        paths = [(str(folder / f"shard-{shard:06d}.arrow"),) for shard in range(len(self.shards))]
         self.crew.each("restore", per_shard=paths)
         self.scale = json.loads((folder / "round.json").read_text())["loss_scale"]
-        state = ray.put((folder / "trainer.safetensors").read_bytes())
-        get([trainer.set_state.remote(state) for trainer in self.crew.trainers])
+        state = (folder / "trainer.safetensors").read_bytes()
+        self.theta = theta_of(state)
+        blob = ray.put(state)
+        self.crew.get([trainer.set_state.remote(blob) for trainer in self.crew.trainers])
+
+
+def theta_of(state: bytes) -> str:
+    """Short hash of a classifier's bytes: scores that were kept count only for the very net that gave them."""
+    return hashlib.blake2b(state, digest_size=8).hexdigest()
 
 
 def describe(before: Sums, after: Sums) -> dict[str, Any]:

@@ -7,8 +7,20 @@ import socket
 from typing import Any
 
 import ray
+from ray import exceptions
 
 from miner.errors import MinerError
+
+GONE = (
+    exceptions.RayActorError,  # it died, or its machine no longer answers
+    exceptions.ObjectLostError,  # what it had made is gone with its machine
+    exceptions.WorkerCrashedError,
+    exceptions.NodeDiedError,
+)
+
+
+class LostError(MinerError):
+    """A worker process, or what it held, is gone: its work can be done again by another one."""
 
 
 def connect(address: str | None, num_cpus: int | None = None) -> int:
@@ -45,23 +57,24 @@ def _knock(address: str) -> None:
 
 
 def get(refs: Any) -> Any:
-    """``ray.get``, with a worker's own MinerError brought back as itself, and a dead worker as one line."""
+    """``ray.get``, with a worker's own MinerError brought back as itself, and a dead worker as a LostError."""
     try:
         return ray.get(refs)
-    except ray.exceptions.RayTaskError as error:
+    except exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, MinerError):
             raise cause from None
-        if isinstance(cause, ray.exceptions.RayActorError):  # it died while its result was on the way to another
-            raise _died(cause) from None
+        if isinstance(cause, GONE):  # it died while its result was on the way to another
+            raise _lost(cause) from None
         if isinstance(cause, OSError):
             raise MinerError(f"{cause.filename or 'a worker process'}: {cause.strerror or cause}") from None
         raise
-    except ray.exceptions.RayActorError as error:
-        raise _died(error) from None
+    except GONE as error:
+        raise _lost(error) from None
 
 
-def _died(error: Exception) -> MinerError:
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
-    message = lines[-1].strip() if "__init__" in lines[0] else lines[0]  # a constructor's own error comes last
-    return MinerError(f"a worker process died ({message}); run the same command again to go on")
+def _lost(error: BaseException) -> MinerError:
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+    if "__init__" in lines[0]:  # it would fail again; its own error comes last
+        return MinerError(f"a worker process cannot start ({lines[-1].strip()})")
+    return LostError(f"a worker process died ({lines[0]}); run the same command again to go on")

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from miner import rules
-from miner.rays import get
 
 if TYPE_CHECKING:
     from miner.loop import Game
@@ -21,7 +20,7 @@ def stepwise_round(run: "Game", round_: int) -> dict[str, Any]:
     sums = rules.add_sums(each("root_sums"))
     places = reference_draw(run, round_)
     run.display.phase(f"round {round_ + 1}/{game.effective_rounds} {game.rule}", len(places))
-    shards = range(len(run.crew.owner))
+    shards = range(len(run.shards))
     estimates, entropies = [], []
     for step in range(game.steps):
         batch = places[step * game.batch : (step + 1) * game.batch]
@@ -30,7 +29,7 @@ def stepwise_round(run: "Game", round_: int) -> dict[str, Any]:
         factor = np.empty(len(batch))
         for members, part in zip(inside, each("factors", sums, per_shard=[(r,) for r in rows]), strict=True):
             factor[members] = part
-        entropy, loss = get(run.submit(round_, step, batch, factor))
+        entropy, loss = run.crew.get(run.submit(round_, step, batch, factor))
         loss = loss.astype(np.float64)
         root = factor * sums.weight / sums.root  # the factor is (m / wbar) sqrt(w)
         root_loss = float((root * loss).mean())
