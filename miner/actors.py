@@ -6,7 +6,6 @@ no-ops when it was already applied; a step of the released update is sent once a
 shard starts again from a snapshot (``restore``) or from nothing (``reset``), and from the scores that were kept.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import ray
 from miner import cache, ranking, rules
 from miner.baselines import Sweep
 from miner.errors import MinerError
+from miner.files import place
 from miner.guard import NO_CLASS, ClassSums, class_sums
 from miner.pool import Pool
 from miner.rules import RootSums, Sums
@@ -92,7 +92,7 @@ class PoolShards:
 
     def restore(self, shard: int, path: str) -> None:
         """Take one shard's live columns from a committed snapshot."""
-        state = ShardState.read(Path(path))
+        state = ShardState.read(place(path))
         if len(state["excluded"]) != len(self.uid[shard]):
             raise MinerError(f"{path}: {len(state['excluded'])} rows, but the pool's shard has {len(self.uid[shard])}")
         self.state[shard] = state
@@ -275,7 +275,7 @@ class PoolShards:
 
     def snapshot(self, shard: int, folder: str) -> None:
         """Write one shard's live columns under ``folder``."""
-        self.state[shard].write(Path(folder) / f"shard-{shard:06d}.arrow")
+        self.state[shard].write(place(folder) / f"shard-{shard:06d}.arrow")
 
     def ranking_columns(self, shard: int) -> dict[str, np.ndarray]:
         """What the driver ranks by: outcome weights, eligibility and strata."""
@@ -290,7 +290,7 @@ class PoolShards:
         """Write one shard of the final weights table under ``folder``."""
         index = self.pool.shard_index(shard, ["uid", "key", "shard", "row", "label"])
         table = final_table(index, self.state[shard], scale, rank, metadata)
-        write_arrow(table, Path(folder) / f"shard-{shard:06d}.arrow")
+        write_arrow(table, place(folder) / f"shard-{shard:06d}.arrow")
 
 
 # Ray must neither restart a process nor repeat a call by itself: its retries come late, out of order and without an

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from miner.buckets import is_url
 from miner.errors import MinerError
-from miner.files import atomic, is_url
+from miner.files import atomic
 from miner.images import decode, fit
 from miner.pool import Pool, Shard
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
+from miner.files import Place, place
 from trainers.config import Model, PretrainConfig
 
 Rule = Literal["hedge", "paper", "reference", "equilibrium", "uniform", "toploss", "ntom", "dos", "poem"]
@@ -26,8 +27,8 @@ class Data:
     """In-distribution set: a folder of train-*.tar / test-*.tar, a torchvision name (cifar10), or `demo`."""
     model: Model = "small"
     """Classifier. `small` and `medium` make a CPU run practical."""
-    checkpoint: Path | None = None
-    """Trained classifier (.safetensors). Without one, the classifier is first trained on --id."""
+    checkpoint: str | None = None
+    """Trained classifier (.safetensors), a file or a URL. Without one, the classifier is first trained on --id."""
     size: int = 32
     """Pixels a side at which images are scored. The subset keeps the original bytes."""
     seed: int = 0
@@ -101,16 +102,16 @@ class Machines:
     trainers: int = 1
     """Processes that score, one GPU each where there are GPUs. The first one also trains."""
     address: str | None = None
-    """Ray cluster to join (`auto` or host:port); pool and --out then lie on a disk that all nodes see. Default: a
-    private Ray on this machine."""
+    """Ray cluster to join (`auto` or host:port); pool and --out then lie on a disk that all nodes see, or at URLs.
+    Default: a private Ray on this machine."""
 
 
 @dataclass(frozen=True)
 class Output:
     """What is kept."""
 
-    out: Path | None = None
-    """Run directory. Default: runs/<pool>-<id>-<rule>-s<seed>."""
+    out: str | None = None
+    """Run directory, a folder or a URL (`s3://bucket/run`). Default: runs/<pool>-<id>-<rule>-s<seed>."""
     resume: bool = False
     """Go on from the last finished round of --out; an error if nothing is there. (The same command run again
     also goes on; this flag only insists.)"""
@@ -135,11 +136,11 @@ class Config:
         return self.selection.draw or ("topk" if self.game.rule in ORDERED else "rank")
 
     @property
-    def run_dir(self) -> Path:
+    def run_dir(self) -> Place:
         """Where the run lives."""
         names = (self.data.pool, self.data.id)
         short = "-".join(dict.fromkeys(Path(name.rstrip("/")).name for name in names))
-        return self.output.out or Path("runs") / f"{short}-{self.game.rule}-s{self.data.seed}"
+        return place(self.output.out or f"runs/{short}-{self.game.rule}-s{self.data.seed}")
 
     @property
     def guarded(self) -> bool:
@@ -155,7 +156,7 @@ class Config:
         """The settings that decide the weights: a run can be continued only under the same ones."""
         settings = {"data": asdict(self.data), "game": asdict(self.game), "pretrain": asdict(self.pretrain)}
         settings["game"]["rounds"] = self.game.effective_rounds
-        settings["data"]["checkpoint"] = str(self.data.checkpoint) if self.data.checkpoint else None
+        settings["data"]["checkpoint"] = str(place(self.data.checkpoint)) if self.data.checkpoint else None
         settings["guard"] = {
             "strata": self.selection.strata,
             "exclude_near_id": self.selection.exclude_near_id,

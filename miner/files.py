@@ -4,25 +4,45 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import BinaryIO, cast
 
-import fsspec
+from miner.buckets import BucketPath, explained, filesystem, is_url, upload
+from miner.errors import MinerError, disk_full
 
-from miner.errors import MinerError, UsageError, disk_full
-
-SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs", "abfs", "az", "hf", "memory")
 MERGE_GAP = 64 << 10  # bytes between two wanted ranges that are cheaper to read than to ask for twice
 MERGE_SPAN = 16 << 20
 CHUNK = 4 << 20
 
+Place = Path | BucketPath  # where something lies: both have the same methods, as far as they are needed here
+
+
+def place(path: str | os.PathLike[str] | BucketPath) -> Place:
+    """A path or URL as an object with pathlib's methods. Raises UsageError for URLs that ``check_url`` refuses."""
+    if isinstance(path, BucketPath):
+        return path
+    if not is_url(path):
+        return Path(path)
+    url = str(path)
+    return Path(url.removeprefix("file://")) if url.startswith("file://") and "::" not in url else BucketPath(url)
+
 
 @contextlib.contextmanager
-def atomic(path: str) -> Iterator[BinaryIO]:
-    """Write ``path`` through a temporary file beside it: fsync, then rename; nothing is left after an error.
+def atomic(path: str | Place) -> Iterator[BinaryIO]:
+    """Write ``path``, a local file or a URL, so that it is complete or absent; nothing is left after an error.
 
-    Raises MinerError when the disk is full.
+    Locally: a temporary file beside it, fsync, rename. At a URL: a temporary file here that has no name and so
+    vanishes with the process, then one upload. Raises MinerError when the disk is full or the upload fails.
     """
+    if is_url(path):
+        with _temporary() as whole:
+            yield whole
+            upload(whole, str(path))
+        return
+    path = str(path)
     folder, name = os.path.split(os.path.abspath(path))
     part = os.path.join(folder, f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     file: BinaryIO | None = None
@@ -45,35 +65,58 @@ def atomic(path: str) -> Iterator[BinaryIO]:
         raise
 
 
-def is_url(path: str) -> bool:
-    """True for ``scheme://...`` and for anything that fsspec or a shell would not take as a plain path."""
-    return "://" in path or "::" in path or path.startswith(("pipe:", "|"))
-
-
-def check_url(url: str) -> None:
-    """UsageError for schemes outside SCHEMES (``pipe:`` would run a shell) and chained URLs (``a::b``)."""
-    scheme = url.partition("://")[0]
-    if "::" in url or scheme not in SCHEMES:
-        raise UsageError(f"{url}: refused; a pool lies in a folder or at {', '.join(SCHEMES)}://...")
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of ``url`` and the path inside it. Raises UsageError like ``check_url``."""
-    check_url(url)
+@contextlib.contextmanager
+def _temporary() -> Iterator[BinaryIO]:
+    """A local file without a name. Raises MinerError when $TMPDIR is full."""
     try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise MinerError(f"{url}: {error}") from None
-    return fs, path
+        with tempfile.TemporaryFile() as file:
+            yield file
+    except OSError as error:
+        raise disk_full(error, f"{tempfile.gettempdir()} ($TMPDIR)") or error from None
+
+
+def remove_folder(folder: Place) -> None:
+    """Remove a folder's files, and the folder; what cannot be removed stays."""
+    if isinstance(folder, BucketPath):
+        with contextlib.suppress(MinerError):
+            for path in folder.iterdir():
+                path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def local_copy(path: str | Place) -> Iterator[str]:
+    """The name of a local file that holds the bytes of ``path``: itself, or a copy that lasts as long as the block.
+
+    A memory map of it outlives the block. Raises FileNotFoundError when a URL has nothing, MinerError when the
+    copy does not fit on the disk.
+    """
+    if not is_url(path):
+        yield str(path)
+        return
+    with _temporary() as copy:
+        with open_binary(path) as source:
+            shutil.copyfileobj(source, copy, CHUNK)
+        copy.flush()
+        copy.seek(0)
+        yield f"/dev/fd/{copy.fileno()}"
+
+
+@contextlib.contextmanager
+def open_binary(path: str | Place) -> Iterator[BinaryIO]:
+    """A local file or a URL, open for reading from its first byte. Raises FileNotFoundError, and MinerError at URLs."""
+    with explained(path), contextlib.ExitStack() as stack:
+        if is_url(path):
+            fs, inner = filesystem(str(path))
+            yield cast(BinaryIO, stack.enter_context(fs.open(inner, "rb", block_size=MERGE_SPAN)))
+        else:
+            yield stack.enter_context(open(str(path), "rb"))
 
 
 def read_whole(path: str) -> bytes:
     """All bytes of a small file, local or at a URL. Raises FileNotFoundError when it is not there."""
-    if is_url(path):
-        fs, inner = filesystem(path)
-        return bytes(fs.cat_file(inner))
-    with open(path, "rb") as file:
-        return file.read()
+    return place(path).read_bytes()
 
 
 def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -84,11 +127,12 @@ def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     if not is_url(path):
         with open(path, "rb", buffering=0) as file:
             return [_full(path, os.pread(file.fileno(), size, offset), offset, size) for offset, size in ranges]
-    fs, inner = filesystem(path)
     found: dict[int, bytes] = {}
     for group in _spans(ranges):
         start, stop = ranges[group[0]][0], max(sum(ranges[i]) for i in group)
-        block = bytes(fs.cat_file(inner, start=start, end=stop))
+        with explained(path):
+            fs, inner = filesystem(path)
+            block = bytes(fs.cat_file(inner, start=start, end=stop))
         for i in group:
             offset, size = ranges[i]
             found[i] = _full(path, block[offset - start : offset - start + size], offset, size)
@@ -117,12 +161,10 @@ def _spans(ranges: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
         yield group
 
 
-def sha256(path: str, offset: int = 0, size: int | None = None) -> str:
+def sha256(path: str | Place, offset: int = 0, size: int | None = None) -> str:
     """Hex SHA-256 of ``size`` bytes at ``offset`` (default: to the end) of a local file or a URL."""
     digest = hashlib.sha256()
-    with contextlib.ExitStack() as stack:
-        fs, inner = filesystem(path) if is_url(path) else (None, path)
-        file = stack.enter_context(fs.open(inner, "rb") if fs else open(inner, "rb"))  # noqa: SIM115
+    with open_binary(path) as file:
         file.seek(offset)
         left = size
         while left is None or left > 0:

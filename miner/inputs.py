@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 
 from miner import ranking, rules
+from miner.buckets import BucketPath, check_writable
 from miner.build import write_arrays_pool
 from miner.config import MOST_VIEWS, Config
 from miner.errors import UsageError
@@ -15,6 +16,8 @@ from miner.pool import Pool, resolve
 def check(config: Config) -> None:
     """Raise UsageError for values that make no sense, before anything is read or computed."""
     ranking.check_gammas(config.selection.gamma)
+    if isinstance(config.run_dir, BucketPath):
+        check_writable(config.run_dir.url)
     guard = config.selection.exclude_near_id
     if not 0.0 <= guard < 1.0:
         raise UsageError(f"--exclude-near-id {guard:g}: a share of the ID images, must lie in [0, 1)")

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from torch.utils.tensorboard import SummaryWriter
 
 from miner import cluster, ranking
+from miner.board import Board
 from miner.config import Config
+from miner.files import Place
 from miner.frozen import look_ups
 from miner.inputs import check, check_sizes, duplicates, eligible, open_pool
 from miner.loop import Game
@@ -34,9 +35,9 @@ from trainers.image_set import ImageSet
 class Mined:
     """What a run left: where, the summary that was printed, and one entry a subset."""
 
-    run: Path
+    run: Place
     summary: dict[str, Any]
-    subsets: list[Path]
+    subsets: list[Place]
 
 
 class Mining:
@@ -149,15 +150,13 @@ class Mining:
 
     def play(self, first: int) -> None:
         """Rounds from ``first`` on; look-ups and strata belong to round 0."""
-        writer = SummaryWriter(str(self.dir.path / "tensorboard"), purge_step=first)
+        board = Board(self.dir.path / "tensorboard", first)
 
         def on_round(record: dict[str, Any]) -> None:
             self.display.figures = f"L_out {record['l_out']:.4f}, ESS {record['effective_sample_size']:,.0f}"
             number = f"round {record['round'] + 1}/{self.config.game.effective_rounds}"
             self.display.say(f"{number}: {self.display.figures} (effective size), {record['seconds']:.1f} s")
-            for name, value in record.items():
-                if name != "round" and isinstance(value, (int, float)):
-                    writer.add_scalar(name, value, record["round"])
+            board.add(record)
 
         game = Game(self.config, self.crew, self.dir, self.display, on_round)
         if first > 0:
@@ -166,8 +165,8 @@ class Mining:
         else:
             images = len(self.id_set.train_images)
             game.near = look_ups(self.config, self.crew, self.pool, self.uid_N2, images, self.display)
-        game.play(first)
-        writer.close()
+        with board:
+            game.play(first)
 
     # --- ranking and subsets -------------------------------------------------------------------------------------
 

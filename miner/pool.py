@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from miner.buckets import check_url, explained, filesystem, is_url
 from miner.errors import MinerError, UsageError
-from miner.files import check_url, filesystem, is_url, read_ranges, read_whole, sha256
+from miner.files import read_ranges, read_whole, sha256
 from miner.images import png
 from miner.tars import MAX_IMAGE
 
@@ -106,7 +107,8 @@ class Pool:
 
     def index(self, columns: list[str] | None = None) -> pa.Table:
         """The rows of all shards in order (shard, row), columns as in INDEX_SCHEMA."""
-        return self._parquet().read(columns=columns)
+        with explained(self.path):
+            return self._parquet().read(columns=columns)
 
     @property
     def edges(self) -> np.ndarray:
@@ -115,7 +117,8 @@ class Pool:
 
     def shard_index(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """The rows of one shard."""
-        return self._parquet().read_row_group(shard, columns=columns)
+        with explained(self.path):
+            return self._parquet().read_row_group(shard, columns=columns)
 
     def read(self, shard: int, rows: Sequence[int]) -> list[bytes]:
         """Encoded images as stored (jpg, png, webp); from a raw shard: a PNG made of the record.
@@ -169,8 +172,9 @@ class Pool:
         path = f"{self.path}/index.parquet"
         try:
             if is_url(path):
-                fs, inner = filesystem(path)
-                return pq.ParquetFile(fs.open(inner, "rb"))
+                with explained(path):
+                    fs, inner = filesystem(path)
+                    return pq.ParquetFile(fs.open(inner, "rb"))
             return pq.ParquetFile(path)
         except FileNotFoundError:
             raise MinerError(f"{path}: missing; run the command that made the pool again") from None

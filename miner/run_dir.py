@@ -1,40 +1,42 @@
 """The run directory is the database: settings, committed rounds, metrics. Resume, status and report read only it."""
 
 import json
-import shutil
-from pathlib import Path
 from typing import Any
 
+from miner.buckets import BucketPath, check_writable
 from miner.errors import MinerError, disk_full
-from miner.files import atomic, sha256
+from miner.files import Place, atomic, remove_folder, sha256
 
 KEPT_ROUNDS = 2
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Place, data: bytes) -> None:
     """Write a file, and the folders above it; a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(str(path)) as sink:
+    with atomic(path) as sink:
         sink.write(data)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Place, value: Any) -> None:
     """Write a JSON file atomically, readable, keys in the order given."""
     write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 class RunDir:
-    """Paths and commit protocol of one run."""
+    """Paths and commit protocol of one run, in a local folder or at the URL of an object store."""
 
-    def __init__(self, path: Path, unit: str = "round") -> None:
+    def __init__(self, path: Place, unit: str = "round") -> None:
         self.path, self.unit = path, unit  # what is committed one by one: rounds of mining, epochs of training
 
     def begin(self, settings: dict[str, Any], resume: bool) -> int:
         """Open or continue a run under ``settings``; returns the first round that is not committed yet.
 
         Raises MinerError naming the settings that differ from those the folder was made with, and for a folder
-        that another command, or another program, keeps its config.json in.
+        that another command, or another program, keeps its config.json in. UsageError for a URL that cannot be
+        written to.
         """
+        if isinstance(self.path, BucketPath):
+            check_writable(self.path.url)
         config = self.path / "config.json"
         settings = {"unit": self.unit, **settings}
         if config.exists():
@@ -57,7 +59,7 @@ class RunDir:
         self._forget_metrics(first)
         return first
 
-    def _old(self, config: Path) -> dict[str, Any]:
+    def _old(self, config: Place) -> dict[str, Any]:
         try:
             old = json.loads(config.read_text())
         except ValueError as error:
@@ -66,7 +68,7 @@ class RunDir:
             raise MinerError(f"{config}: belongs to another command; choose another --out")
         return old
 
-    def round(self, round_: int) -> Path:
+    def round(self, round_: int) -> Place:
         """Folder of a round."""
         return self.path / f"{self.unit}s" / f"{round_:06d}"
 
@@ -78,23 +80,27 @@ class RunDir:
         """Declare a round's files complete, with their SHA-256; what was there before may now be deleted."""
         folder = self.round(round_)
         files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        write_json(folder / "COMMITTED", {name: sha256(str(folder / name)) for name in files if name != "COMMITTED"})
+        write_json(folder / "COMMITTED", {name: sha256(folder / name) for name in files if name != "COMMITTED"})
         for old in self.committed()[:-KEPT_ROUNDS]:
             folder = self.round(old)
             (folder / "COMMITTED").unlink()  # first, so that a half-deleted round is never taken for whole
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
 
-    def verified(self, round_: int) -> Path:
+    def verified(self, round_: int) -> Place:
         """Folder of a committed round. Raises MinerError naming a file that is not what was committed."""
         folder = self.round(round_)
         for name, digest in json.loads((folder / "COMMITTED").read_text()).items():
-            if not (folder / name).exists() or sha256(str(folder / name)) != digest:
+            if not (folder / name).exists() or sha256(folder / name) != digest:
                 raise MinerError(f"{folder / name}: changed since it was committed; remove {folder} to go on before it")
         return folder
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         path = self.path / "metrics.jsonl"
+        if isinstance(path, BucketPath):  # no appending there; a line a round or epoch makes a small file
+            old = path.read_bytes() if path.exists() else b""
+            write_file(path, old + f"{json.dumps(record)}\n".encode())
+            return
         try:
             with open(path, "a") as sink:
                 sink.write(json.dumps(record) + "\n")

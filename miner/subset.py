@@ -5,7 +5,6 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from miner.errors import MinerError
-from miner.files import atomic, read_ranges, sha256
+from miner.files import Place, atomic, open_binary, place, read_ranges, sha256
 from miner.pool import Pool
 from miner.run_dir import write_json
 from miner.tars import TarWriter
@@ -25,6 +24,7 @@ from miner.tars import TarWriter
 FORMAT = "outlier-miner/subset"
 VERSION = 1
 PER_TAR = 10_000
+Transform = Callable[[Image.Image], Any]
 OUTLIER = -1  # the label that OpenOOD and pytorch-ood give to outliers
 
 MANIFEST = pa.schema(
@@ -49,7 +49,7 @@ MANIFEST = pa.schema(
 
 
 def write_subset(
-    pool: Pool, chosen: pa.Table, folder: Path, recipe: dict[str, Any], advance: Callable[[int], None]
+    pool: Pool, chosen: pa.Table, folder: Place, recipe: dict[str, Any], advance: Callable[[int], None]
 ) -> dict[str, Any]:
     """Write the images of ``chosen`` (weights-table rows in rank order) as a subset; returns subset.json's content.
 
@@ -65,13 +65,13 @@ def write_subset(
     for number, start in enumerate(range(0, len(chosen), PER_TAR)):
         name = f"outliers-{number:06d}.tar"
         part = slice(start, start + PER_TAR)
-        rows += _write_tar(pool, folder / name, chosen.slice(start, PER_TAR), {k: v[part] for k, v in places.items()})
+        with TarWriter(folder / name) as tar:
+            rows += _fill(tar, name, pool, chosen.slice(start, PER_TAR), {k: v[part] for k, v in places.items()})
         count = len(rows) - start
-        path = folder / name
-        tars.append({"name": name, "count": count, "bytes": path.stat().st_size, "sha256": sha256(str(path))})
+        tars.append({"name": name, "count": count, "bytes": tar.size, "sha256": tar.sha256})
         advance(count)
     manifest = pa.Table.from_pylist(rows, schema=MANIFEST)
-    with atomic(str(folder / "manifest.parquet")) as sink:
+    with atomic(folder / "manifest.parquet") as sink:
         pq.write_table(manifest, sink, compression="zstd")
     write_json(folder / "sizes.json", {tar["name"]: tar["count"] for tar in tars})
     content = {
@@ -81,7 +81,7 @@ def write_subset(
         "fingerprint": hashlib.blake2b("".join(sorted(r["uid"] for r in rows)).encode(), digest_size=16).hexdigest(),
         **recipe,
         "tars": tars,
-        "manifest_sha256": sha256(str(folder / "manifest.parquet")),
+        "manifest_sha256": sha256(folder / "manifest.parquet"),
     }
     write_json(folder / "subset.json", content)
     return content
@@ -107,7 +107,10 @@ def _places(pool: Pool, chosen: pa.Table) -> dict[str, np.ndarray]:
     return found | {"ext": ext}
 
 
-def _write_tar(pool: Pool, path: Path, chosen: pa.Table, places: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+def _fill(
+    tar: TarWriter, name: str, pool: Pool, chosen: pa.Table, places: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """Write the images of ``chosen`` into ``tar``; their rows of the manifest."""
     images: list[bytes] = [b""] * len(chosen)
     shard, row = chosen["shard"].to_numpy(), chosen["row"].to_numpy()
     for s in np.unique(shard).tolist():
@@ -116,26 +119,25 @@ def _write_tar(pool: Pool, path: Path, chosen: pa.Table, places: dict[str, np.nd
         for at, data in zip(here, pool.read(int(s), row[here].tolist()), strict=True):
             images[at] = data
     rows = []
-    with TarWriter(str(path)) as tar:
-        for i, (record, data) in enumerate(zip(chosen.to_pylist(), images, strict=True)):
-            ext = places["ext"][i]
-            offset = tar.write(f"{record['key']}.{ext}", data)
-            if record["label"] is not None:
-                tar.write(f"{record['key']}.cls", str(record["label"]).encode())
-            tar.write(f"{record['key']}.json", json.dumps({"uid": record["uid"]}).encode())
-            rows.append(
-                {name: record[name] for name in MANIFEST.names if name in record}
-                | {
-                    "ext": ext,
-                    "pool_shard": pool.shards[record["shard"]].name,
-                    "pool_offset": int(places["offset"][i]),
-                    "pool_size": int(places["size"][i]),
-                    "sha256": hashlib.sha256(data).hexdigest(),
-                    "tar": path.name,
-                    "tar_offset": offset,
-                    "tar_size": len(data),
-                }
-            )
+    for i, (record, data) in enumerate(zip(chosen.to_pylist(), images, strict=True)):
+        ext = places["ext"][i]
+        offset = tar.write(f"{record['key']}.{ext}", data)
+        if record["label"] is not None:
+            tar.write(f"{record['key']}.cls", str(record["label"]).encode())
+        tar.write(f"{record['key']}.json", json.dumps({"uid": record["uid"]}).encode())
+        rows.append(
+            {field: record[field] for field in MANIFEST.names if field in record}
+            | {
+                "ext": ext,
+                "pool_shard": pool.shards[record["shard"]].name,
+                "pool_offset": int(places["offset"][i]),
+                "pool_size": int(places["size"][i]),
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "tar": name,
+                "tar_offset": offset,
+                "tar_size": len(data),
+            }
+        )
     return rows
 
 
@@ -145,8 +147,8 @@ class Subset(Dataset):
     ``image`` is a uint8 tensor ``[3, H, W]``, or what ``transform`` makes of the PIL image (RGB).
     """
 
-    def __init__(self, path: str | os.PathLike[str], transform: Callable[[Image.Image], Any] | None = None) -> None:
-        self.path, self.transform = Path(path), transform
+    def __init__(self, path: str | os.PathLike[str] | Place, transform: Transform | None = None) -> None:
+        self.path, self.transform = place(path), transform
         recipe = self.path / "subset.json"
         if not recipe.exists():
             raise MinerError(f"{recipe}: missing; not a subset, or one whose export was cut off: export it again")
@@ -154,7 +156,8 @@ class Subset(Dataset):
         if self.recipe.get("format") != FORMAT or self.recipe["version"] > VERSION:
             raise MinerError(f"{recipe}: not a subset that this version reads; update outlier-miner")
         try:
-            self.manifest = pq.read_table(self.path / "manifest.parquet")
+            with open_binary(self.path / "manifest.parquet") as file:
+                self.manifest = pq.read_table(file)
         except (OSError, pa.ArrowInvalid) as error:
             reason = str(error).splitlines()[0]
             raise MinerError(f"{self.path}/manifest.parquet: cannot be read ({reason}); export it again") from None
@@ -197,9 +200,9 @@ class Subset(Dataset):
         for tar in self.recipe["tars"]:
             if not (self.path / tar["name"]).exists():
                 raise MinerError(f"{self.path / tar['name']}: missing; export the subset again")
-            if sha256(str(self.path / tar["name"])) != tar["sha256"]:
+            if sha256(self.path / tar["name"]) != tar["sha256"]:
                 raise MinerError(f"{self.path / tar['name']}: its bytes changed since it was written; export it again")
-        if sha256(str(self.path / "manifest.parquet")) != self.recipe["manifest_sha256"]:
+        if sha256(self.path / "manifest.parquet") != self.recipe["manifest_sha256"]:
             raise MinerError(f"{self.path}/manifest.parquet: its bytes changed since it was written; export it again")
         for i, expected in enumerate(self.manifest["sha256"].to_pylist()):
             if hashlib.sha256(self.encoded(i)).hexdigest() != expected:
@@ -218,6 +221,9 @@ class SubsetStream(IterableDataset):
         return (self.subset[i] for i in range(first, len(self.subset), step))
 
 
-def load_subset(path: str | os.PathLike[str], transform: Callable[[Image.Image], Any] | None = None) -> Subset:
-    """Open a gamma-subset: ``subset[i]`` is (image, -1), ``subset.stream()`` iterates, ``subset.uids`` names them."""
+def load_subset(path: str | os.PathLike[str] | Place, transform: Transform | None = None) -> Subset:
+    """Open a gamma-subset, a folder or a URL: ``subset[i]`` is (image, -1), ``subset.stream()`` iterates.
+
+    ``subset.uids`` names the images. Raises MinerError for what is missing or damaged.
+    """
     return Subset(path, transform)

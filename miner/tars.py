@@ -4,6 +4,7 @@ Nothing is extracted, unpickled or followed: the reader looks at headers, takes 
 and the number in each `.cls`, and refuses an archive that holds anything dangerous or ambiguous.
 """
 
+import hashlib
 import io
 import itertools
 import os
@@ -12,9 +13,10 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import BinaryIO, cast
 
 from miner.errors import MinerError, disk_full
-from miner.files import atomic
+from miner.files import Place, atomic
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MAX_IMAGE = 16 << 20  # bytes
@@ -170,17 +172,34 @@ def _twice(path: str, one: _Member, other: _Member, why: str) -> MinerError:
     )
 
 
+class _Hashed:
+    """What tarfile writes to: passes bytes on and hashes them. It is written front to back."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
 class TarWriter:
     """A plain ustar file, complete or absent, whose bytes depend on names and data alone.
 
-    Modification time 0, owner 0, mode 0644. Use as a context manager, or call ``close``.
+    Modification time 0, owner 0, mode 0644. Use as a context manager, or call ``close``. Then ``size`` and
+    ``sha256`` (hex) are those of the archive: one at a URL need not be fetched back for them.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-        self._atomic = atomic(self.path)
-        self._file = self._atomic.__enter__()
-        self._tar = tarfile.open(fileobj=self._file, mode="w:", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+    def __init__(self, path: str | Place) -> None:
+        self.path = str(path)
+        self.size, self.sha256 = 0, ""
+        self._atomic = atomic(path)
+        self._hashed = _Hashed(self._atomic.__enter__())
+        sink = cast(BinaryIO, self._hashed)
+        self._tar = tarfile.open(fileobj=sink, mode="w:", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
     def write(self, name: str, data: bytes) -> int:
         """Append one member; returns the offset of its data in the archive, in bytes.
@@ -214,4 +233,5 @@ class TarWriter:
             except OSError as failure:
                 self._atomic.__exit__(type(failure), failure, failure.__traceback__)
                 raise
+            self.size, self.sha256 = self._hashed.tell(), self._hashed.digest.hexdigest()
         self._atomic.__exit__(kind, error, trace)

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pyarrow.compute as pc
 
 from miner import rules
 from miner.errors import MinerError
-from miner.files import atomic
+from miner.files import Place, atomic, local_copy, place
 from miner.rules import Floats, Sums
 
 FORMAT_VERSION = 1
@@ -124,14 +123,14 @@ class ShardState:
         keep = self.eligible
         return rules.shard_sums(self.weight()[keep], self["loss"][keep].astype(np.float64))
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Place) -> None:
         """Snapshot the live columns as an Arrow IPC file (memory-mappable), atomically."""
         metadata = {"rule": self.rule, "swept": str(self.swept), "averaged": str(self.averaged)}
         table = pa.table({name: pa.array(self.columns[name]) for name in _LIVE}).replace_schema_metadata(metadata)
         write_arrow(table, path)
 
     @classmethod
-    def read(cls, path: Path) -> "ShardState":
+    def read(cls, path: Place) -> "ShardState":
         """Restore a snapshot; raises MinerError naming the file when it is damaged."""
         table = read_arrow(path)
         expected = pa.schema([(name, pa.from_numpy_dtype(dtype)) for name, dtype in _LIVE.items()])
@@ -177,24 +176,24 @@ def _nullable(values: np.ndarray, valid: np.ndarray) -> pa.Array:
     return pa.array(values, mask=~valid)
 
 
-def write_arrow(table: pa.Table, path: Path) -> None:
+def write_arrow(table: pa.Table, path: Place) -> None:
     """Write an Arrow IPC file; a reader sees all of it or none. Raises MinerError when the disk is full."""
-    with atomic(str(path)) as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    with atomic(path) as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
 
 
-def read_arrow(path: Path) -> pa.Table:
-    """Memory-map an Arrow IPC file; raises MinerError naming it when it is missing or damaged."""
+def read_arrow(path: Place) -> pa.Table:
+    """Memory-map an Arrow IPC file (at a URL, a copy of it); raises MinerError when it is missing or damaged."""
     try:
-        with pa.memory_map(str(path)) as source:
+        with local_copy(path) as local, pa.memory_map(local) as source:
             return pa.ipc.open_file(source).read_all()
     except (OSError, pa.ArrowException, ValueError) as error:
         raise MinerError(f"{path}: cannot be read as Arrow ({error}); restore the file or mine again") from None
 
 
-def load_weights(run: str | os.PathLike[str]) -> pa.Table:
-    """The weights table of a finished run (``TABLE``), rows in (shard, row) order."""
-    files = sorted((Path(run) / "weights").glob("shard-*.arrow"))
+def load_weights(run: str | os.PathLike[str] | Place) -> pa.Table:
+    """The weights table of a finished run (``TABLE``), a folder or a URL; rows in (shard, row) order."""
+    files: list[Place] = sorted((place(run) / "weights").glob("shard-*.arrow"), key=str)
     if not files:
         raise MinerError(f"{run}: no weights/shard-*.arrow here; finish the run first")
     return pa.concat_tables([read_arrow(path) for path in files])

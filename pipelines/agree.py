@@ -10,7 +10,6 @@ this entry in the pool's class_info, beside their share of the pool.
 import json
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -18,6 +17,7 @@ import pyarrow as pa
 import tyro
 
 from miner.errors import UsageError
+from miner.files import Place, place
 from miner.pool import Pool
 from miner.subset import load_subset
 from miner.weights import load_weights
@@ -29,8 +29,8 @@ from pipelines.report import spearman
 class Config:
     """Compare runs."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run directories."""
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run directories, or their URLs."""
     top: float = 0.1
     """Share of the pool that counts as the heaviest images."""
     flag: str | None = None
@@ -55,7 +55,7 @@ def agreement(weight_N: np.ndarray, other_N: np.ndarray, top: float) -> tuple[fl
     return spearman(weight_N, other_N), float((a & b).sum() / (a | b).sum())
 
 
-def shares(run: Path, table: pa.Table, top: float, flag: str) -> str:
+def shares(run: Place, table: pa.Table, top: float, flag: str) -> str:
     """Share of the flagged classes in the pool, the heaviest images and each subset."""
     pool = Pool.open(json.loads((run / "summary.json").read_text())["pool_path"])
     marked = np.array([bool(entry.get(flag)) for entry in pool.class_info or []])
@@ -64,7 +64,8 @@ def shares(run: Path, table: pa.Table, top: float, flag: str) -> str:
     inside, keep = marked[table["label"].to_numpy()], eligible(table)
     top_share = inside[keep][heaviest(table["weight"].to_numpy()[keep], top)].mean()
     text = f"{inside.mean():.1%} of the pool, {top_share:.1%} of the heaviest {top:.0%}"
-    for subset in sorted(run.glob("subset-*")):
+    subsets: list[Place] = sorted(run.glob("subset-*"), key=str)
+    for subset in subsets:
         text += f", {marked[load_subset(subset).manifest['label'].to_numpy()].mean():.1%} of {subset.name}"
     return f"{run}: {flag}: {text}"
 
@@ -76,7 +77,7 @@ def main() -> None:
         raise UsageError("nothing to compare: give two runs, or one and --flag")
     tables = {run: load_weights(run) for run in config.runs}
     for run, table in tables.items() if config.flag else ():
-        print(shares(run, table, config.top, str(config.flag)))
+        print(shares(place(run), table, config.top, str(config.flag)))
     for one, other in combinations(config.runs, 2):
         if tables[one]["uid"] != tables[other]["uid"]:
             raise UsageError(f"{one} and {other}: mined from different pools, their weights cannot be compared")

@@ -69,7 +69,7 @@ class Comparison:
 
     def open_pool(self, spec: str) -> Pool:
         """The pool; the demo's is drawn into --out once."""
-        demo = Config(output=Output(self.out))
+        demo = Config(output=Output(str(self.out)))
         pool = open_pool(demo) if spec == "demo" else Pool.open(resolve(spec))
         if self.config.flag and not flagged(pool, self.config.flag).any():
             raise UsageError(f"--flag {self.config.flag}: no class of {pool.path}/pool.json carries it")
@@ -239,7 +239,7 @@ class Comparison:
             pool=self.pools[mine.pool].path,
             id=self.ids[mine.id].spec,
             model=mine.model,  # type: ignore[arg-type]
-            checkpoint=self.out / mine.theta0.name / "checkpoint.safetensors",
+            checkpoint=str(self.out / mine.theta0.name / "checkpoint.safetensors"),
             size=SIZE,
             seed=mine.seed,
         )

@@ -51,7 +51,9 @@ def mining_config(selector: str, data: Data, gammas: tuple[float, ...], out: Pat
     found = settings(selector)
     game = {name: value for name, value in found.items() if name in Game.__dataclass_fields__}
     selection = {name: value for name, value in found.items() if name not in game}
-    config = Config(data, replace(Game(), **game), Selection(gammas, **selection), output=Output(out))
+    config = Config(
+        data, replace(Game(), **game), Selection(gammas, **selection), output=Output(str(out) if out else None)
+    )
     try:
         check_mining(config)
     except UsageError as error:

@@ -7,12 +7,12 @@ and scores both on families of images that the pool does not contain.
 """
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 
+from miner.files import Place, place
 from pipelines import cli
 
 SEEDS = 3
@@ -64,7 +64,7 @@ def tune_and_score(run: str, model: str, rows: np.ndarray, seed: int) -> dict[st
     return found
 
 
-def verdict(run: Path) -> dict[str, Any]:
+def verdict(run: Place) -> dict[str, Any]:
     """Families found, and held-out AUROC of mined against random, mean over ``SEEDS`` tuning seeds."""
     from miner import demo
     from miner.subset import load_subset
@@ -133,9 +133,9 @@ def main() -> None:
 
     directory = tyro.conf.arg(metavar="RUN", help="Run directory of a mined demo pool.")
 
-    def demo(run: Annotated[Path, tyro.conf.Positional, directory]) -> None:
+    def demo(run: Annotated[str, tyro.conf.Positional, directory]) -> None:
         connect(None)
-        show(verdict(run))
+        show(verdict(place(run)))
 
     tyro.cli(demo, prog="python -m pipelines.demo", description=__doc__)
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from miner.errors import MinerError
+from miner.files import Place
 from miner.pool import Pool
 from miner.run_dir import RunDir
 from miner.weights import load_weights
@@ -22,7 +22,7 @@ NO_CLASS = "unlabelled"
 class Run:
     """A finished run and what it refers to. Arrays ``[N]`` in the order of ``table``; label -1 is none."""
 
-    path: Path
+    path: Place
     summary: dict[str, Any]
     rounds: list[dict[str, Any]]
     table: pa.Table
@@ -35,7 +35,7 @@ class Run:
     near_id: np.ndarray
 
     @classmethod
-    def open(cls, path: Path) -> "Run":
+    def open(cls, path: Place) -> "Run":
         """Raises MinerError when the run is not finished, or pool or ID set are no longer what it mined."""
         summary = _json(path / "summary.json")
         config = _json(path / "config.json")
@@ -77,7 +77,7 @@ class Run:
         return name, pc.fill_null(chosen, False).to_numpy()
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Place) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):

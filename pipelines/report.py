@@ -5,13 +5,14 @@
 One file that needs no network. It is made from the run directory, the pool and the ID set alone.
 """
 
-from pathlib import Path
+import os
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from miner.files import Place, place
 from miner.images import decode, dimensions, png
 from miner.run_dir import write_file
 from pipelines import page
@@ -26,9 +27,9 @@ BARS = 15  # classes at either end
 SAMPLE = 1_000_000  # rows that the rank correlation looks at, at most
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: str | os.PathLike[str] | Place) -> Place:
     """Write ``run``/report.html, atomically, and return its path. Raises MinerError as ``Run.open`` does."""
-    opened = Run.open(Path(run))
+    opened = Run.open(place(run))
     body = header(opened) + sheets(opened) + classes(opened) + weights(opened) + rounds(opened)
     target = opened.path / "report.html"
     write_file(target, page.page(f"{opened.summary['pool']} mined for {opened.summary['id']}", body).encode())
@@ -237,9 +238,9 @@ def main() -> None:
     """Parse and write."""
     import tyro
 
-    directory = tyro.conf.arg(metavar="RUN", help="Run directory that pipelines.resample left.")
+    directory = tyro.conf.arg(metavar="RUN", help="Run directory that pipelines.resample left, or its URL.")
 
-    def report(run: Annotated[Path, tyro.conf.Positional, directory]) -> None:
+    def report(run: Annotated[str, tyro.conf.Positional, directory]) -> None:
         print(write_report(run))
 
     tyro.cli(report, prog="python -m pipelines.report", description=__doc__)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,14 +11,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from miner.buckets import BucketPath
 from miner.errors import MinerError
-from miner.files import atomic
+from miner.files import Place, atomic, local_copy, place
 from trainers import models
 
+Where = str | os.PathLike[str] | Place  # a file, or a run directory; local or at a URL
 RUN_FILES = ("checkpoint.safetensors", "classifier.safetensors")  # of pipelines.train, of pipelines.resample
 
 
-def save_checkpoint(path: str | os.PathLike[str], net: nn.Module, meta: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Where, net: nn.Module, meta: Mapping[str, Any]) -> None:
     """Write the weights of ``net`` and ``meta``, which must be JSON; complete or absent.
 
     ``meta`` holds "model" (a name of ``trainers.models``) and "classes" (names in label order), which
@@ -26,24 +29,34 @@ def save_checkpoint(path: str | os.PathLike[str], net: nn.Module, meta: Mapping[
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     data = save(tensors, metadata={"outlier-miner": json.dumps(dict(meta), sort_keys=True)})
-    with atomic(os.fspath(path)) as file:
+    with atomic(place(path)) as file:
         file.write(data)
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: Where) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict (on the CPU) and metadata of a safetensors file or a run directory; {} when it has none of ours.
 
     Raises MinerError for a missing file and for anything but safetensors, pickles above all.
     """
-    where = os.fspath(path)
-    if os.path.isdir(where):
-        found = [os.path.join(where, name) for name in RUN_FILES if os.path.isfile(os.path.join(where, name))]
+    where = place(path)
+    local_folder = isinstance(where, Path) and where.is_dir()
+    if local_folder or (isinstance(where, BucketPath) and not where.name.endswith(".safetensors")):
+        found = [where / name for name in RUN_FILES if (where / name).exists()]
+        if not found and not local_folder and where.exists():
+            found = [where]  # not a folder after all
         if not found:
             raise MinerError(f"{where}: no {' or '.join(RUN_FILES)} in it; train to the end, or name a checkpoint")
         where = found[0]
-    if not os.path.isfile(where):
-        raise MinerError(f"{where}: no such checkpoint file")
-    with open(where, "rb") as file:
+    try:
+        with local_copy(where) as local:
+            return _read(str(where), local)
+    except (FileNotFoundError, IsADirectoryError):
+        raise MinerError(f"{where}: no such checkpoint file") from None
+
+
+def _read(where: str, local: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What ``load_checkpoint`` gives of the ``local`` file that is known as ``where``."""
+    with open(local, "rb") as file:
         head = file.read(2)
     if head == b"PK" or head[:1] == b"\x80" or where.endswith((".pt", ".pth", ".pkl", ".ckpt")):
         raise MinerError(
@@ -51,20 +64,20 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'net.safetensors')"
         )
     try:
-        with safe_open(where, framework="pt", device="cpu") as tensors:
+        with safe_open(local, framework="pt", device="cpu") as tensors:
             text = (tensors.metadata() or {}).get("outlier-miner", "{}")
             return {name: tensors.get_tensor(name) for name in tensors.keys()}, json.loads(text)  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise MinerError(f"{where}: not a sound safetensors file ({error}); write or fetch it again") from None
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> tuple[models.Net, dict[str, Any]]:
+def open_checkpoint(path: Where) -> tuple[models.Net, dict[str, Any]]:
     """The net of a checkpoint file or of a run directory (on the CPU, eval mode), and its metadata.
 
     The metadata alone says what to build: "model", "classes" and "reject" (True: one output more than classes).
     Raises MinerError as ``load_checkpoint`` does, and for a file that does not say what it holds.
     """
-    where = os.fspath(path)
+    where = str(path)
     meta = load_checkpoint(where)[1]
     if not {"model", "classes"} <= meta.keys():
         raise MinerError(f"{where}: does not say which model and classes it holds; only our own checkpoints do")
@@ -72,7 +85,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> tuple[models.Net, dict[str,
 
 
 def load_net(
-    path: str | os.PathLike[str], model: str, classes: Sequence[str], reject: bool = False, seed: int = 0
+    path: Where, model: str, classes: Sequence[str], reject: bool = False, seed: int = 0
 ) -> tuple[models.Net, dict[str, Any]]:
     """The net ``model`` with the weights of ``path`` (on the CPU, eval mode), and the file's metadata.
 
@@ -80,7 +93,7 @@ def load_net(
     there, drawn from ``seed``; without ``reject`` such a row is left out.
     Raises MinerError when the file was made for another model or other classes, or its tensors do not fit.
     """
-    where = os.fspath(path)
+    where = str(path)
     state, meta = load_checkpoint(where)
     if meta.get("model", model) != model:
         raise MinerError(f"{where}: holds {meta['model']}, not {model}; pass --model {meta['model']}")

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from miner.buckets import is_url
 from miner.cache import open_shard
 from miner.errors import MinerError, UsageError
-from miner.files import is_url
 from miner.images import decode
 from miner.pool import Pool, resolve
 from miner.subset import load_subset
