@@ -109,7 +109,7 @@ class PoolShards:
         Scores of the same sweep, ``stamp``, that were kept in ``folder`` before are not learned again.
         """
         eligible = self.state[shard].eligible
-        kept = Scores.read(Path(folder) / scores_file(shard), stamp, eligible)
+        kept = Scores.read(place(folder) / scores_file(shard), stamp, eligible)
         self.scores[shard] = kept or Scores.fresh(eligible)
         return int(eligible.sum()), np.packbits(self.scores[shard].missing)
 
@@ -133,7 +133,7 @@ class PoolShards:
         scores.take(rows, found)
         if scores.missing.any():
             return False
-        scores.write(Path(folder) / scores_file(shard), stamp)
+        scores.write(place(folder) / scores_file(shard), stamp)
         return True
 
     def class_sums(self, shard: int) -> ClassSums:

@@ -40,6 +40,11 @@ def open_shard(pool: Pool, shard: int, size: int, directory: str | None = None) 
     return found
 
 
+def is_shared(pool: Pool) -> bool:
+    """Whether the cache lies in the pool's own folder, so that all who see the pool see it."""
+    return _folder(pool, None) == os.path.join(pool.path, "cache")
+
+
 def _folder(pool: Pool, directory: str | None) -> str:
     if directory is None and not is_url(pool.path) and os.access(pool.path, os.W_OK):
         return os.path.join(pool.path, "cache")

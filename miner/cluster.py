@@ -30,7 +30,7 @@ class Crew:
 
     def __init__(self, config: Config, pool: str, shards: int, id_set: IdSet, display: Display) -> None:
         self.config, self.pool, self.shards, self.display = config, pool, shards, display
-        self.id_set = ray.put(id_set)
+        self.id_set, self.id_images = ray.put(id_set), len(id_set.train_images)
         self.kind = _slots(config)
         wanted = config.machines.pool_actors or min(_count("CPU"), 16)
         self.names: dict[Any, str] = {}

@@ -1,46 +1,85 @@
 """What the frozen classifier theta_0 fits before the first sweep: ID neighbours, strata, POEM's boundary."""
 
+import hashlib
+import json
 from typing import Any
 
 import numpy as np
+import ray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from miner import ranking
 from miner.cluster import Crew
 from miner.config import Config
+from miner.files import Place
 from miner.guard import NO_CLASS
-from miner.neighbors import POINTS_PER_STRATUM
+from miner.neighbors import POINTS_PER_STRATUM, Strata
 from miner.pool import Pool
-from miner.progress import Display
 from miner.ranking import Words
-from miner.rays import get
+from miner.run_dir import write_file
 
+FILE = "frozen.safetensors"
 _SAMPLE_SALT = 2  # who is in the sample that strata and boundary are fitted on
 
 
-def look_ups(config: Config, crew: Crew, pool: Pool, uid_N2: Words, id_images: int, display: Display) -> float:
+def look_ups(config: Config, crew: Crew, pool: Pool, uid_N2: Words, run: Place, theta: str) -> float:
     """Index the ID set and fit strata and boundary, as far as they are asked for, on every trainer.
 
     Returns the leak guard's threshold: --exclude-near-id of the ID training images are less near to the others.
-    Features stay inside a trainer. POEM's boundary is fitted on as many pool images as there are ``id_images``.
+    What is fitted is kept in ``run``, with the hash ``theta`` of the classifier that it was fitted under, so that
+    a run that goes on, perhaps on another machine, judges all images by the same. Features stay inside a trainer.
     """
+    kept = _read(run / FILE, theta)
     poem = config.game.rule == "poem"
-    cosines = get([trainer.look_up_id.remote(poem and trainer is crew.trainers[0]) for trainer in crew.trainers])
+    cosines = crew.get([t.look_up_id.remote(poem and not kept and t is crew.trainers[0]) for t in crew.trainers])
+    if not kept:
+        kept = _fit(config, crew, pool, uid_N2, cosines[0])
+        write_file(run / FILE, save(kept, {"theta": theta, "hash": _hash(kept)}))
+    if "centroids" in kept:
+        strata = ray.put(Strata(*(kept[name] for name in Strata._fields)))
+        crew.get([trainer.set_strata.remote(strata) for trainer in crew.trainers])
+    if "boundary" in kept:
+        crew.get([trainer.set_boundary.remote(kept["boundary"]) for trainer in crew.trainers])
+    return float(kept["near"][0])
+
+
+def _fit(config: Config, crew: Crew, pool: Pool, uid_N2: Words, cosine: np.ndarray) -> dict[str, np.ndarray]:
+    """Threshold, strata and boundary. POEM's is fitted on at most as many pool images as the ID set has."""
     guard = config.selection.exclude_near_id
-    near = float(np.quantile(cosines[0].astype(np.float64), guard)) if guard else np.inf
+    near = float(np.quantile(cosine.astype(np.float64), guard)) if guard else np.inf
+    found = {"near": np.array([near])}
     strata = config.strata_for(pool.count)
     if strata > 1:
-        display.phase("strata", 1)
+        crew.display.phase("strata", 1)
         images, label = sample(config, crew, pool, uid_N2, strata * POINTS_PER_STRATUM)
         if config.selection.guard == "image":
             label = np.full_like(label, NO_CLASS)
-        fitted = crew.trainers[0].fit_strata.remote(strata, near, label, *images)
-        get([trainer.set_strata.remote(fitted) for trainer in crew.trainers])
-    if poem:
-        display.phase("boundary", 1)
-        images, _ = sample(config, crew, pool, uid_N2, id_images)
-        boundary = crew.trainers[0].fit_boundary.remote(*images)
-        get([trainer.set_boundary.remote(boundary) for trainer in crew.trainers])
-    return near
+        fitted = crew.get(crew.trainers[0].fit_strata.remote(strata, near, label, *images))
+        found |= fitted._asdict()
+    if config.game.rule == "poem":
+        crew.display.phase("boundary", 1)
+        images, _ = sample(config, crew, pool, uid_N2, crew.id_images)
+        found["boundary"] = crew.get(crew.trainers[0].fit_boundary.remote(*images))
+    return found
+
+
+def _read(path: Place, theta: str) -> dict[str, np.ndarray]:
+    """What was kept under ``theta``, whole; {} else."""
+    try:
+        blob = path.read_bytes()
+        tensors = load(blob)
+        told = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")]).get("__metadata__", {})
+    except (FileNotFoundError, SafetensorError, ValueError, AttributeError):
+        return {}
+    return tensors if told == {"theta": theta, "hash": _hash(tensors)} and "near" in tensors else {}
+
+
+def _hash(tensors: dict[str, np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode() + np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()
 
 
 def sample(config: Config, crew: Crew, pool: Pool, uid_N2: Words, count: int) -> tuple[list[Any], np.ndarray]:

@@ -32,20 +32,19 @@ CHUNK_STEPS = 16  # training steps a message
 
 @dataclass
 class Game:
-    """One run's rounds. ``on_round`` gets each finished round's record."""
+    """One run's rounds."""
 
     config: Config
     crew: Crew
     run: RunDir
     shards: Sequence[Shard]
     display: Display
-    on_round: Callable[[dict[str, Any]], None]
     theta: str = ""  # hash of the classifier that the round begins with
     near: float = np.inf  # cosine to the ID set above which the leak guard leaves out; needed in the first round only
     scale: float = 0.0  # spread of the first sweep's losses; 0: not known yet
 
-    def play(self, first: int) -> None:
-        """Rounds ``first`` to the last one."""
+    def play(self, first: int, on_round: Callable[[dict[str, Any]], None]) -> None:
+        """Rounds ``first`` to the last one; ``on_round`` gets each finished round's record."""
         for round_ in range(first, self.config.game.effective_rounds):
             started = time.monotonic()
             if self.config.game.rule in rules.STEPWISE:
@@ -55,7 +54,7 @@ class Game:
             record = {"round": round_} | record | {"seconds": round(time.monotonic() - started, 3)}
             self.run.log(record)  # first: records of rounds that were not committed are dropped on resume
             self.commit(round_)
-            self.on_round(record)
+            on_round(record)
 
     def sweep_round(self, round_: int) -> dict[str, Any]:
         """Score the whole pool once, update every weight, train unless it is the last round."""

@@ -1,6 +1,10 @@
 """The run directory is the database: settings, committed rounds, metrics. Resume, status and report read only it."""
 
+import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from miner.buckets import BucketPath, check_writable
@@ -27,6 +31,7 @@ class RunDir:
 
     def __init__(self, path: Place, unit: str = "round") -> None:
         self.path, self.unit = path, unit  # what is committed one by one: rounds of mining, epochs of training
+        self.notes: list[str] = []  # what ``begin`` found damaged and went back behind
 
     def begin(self, settings: dict[str, Any], resume: bool) -> int:
         """Open or continue a run under ``settings``; returns the first round that is not committed yet.
@@ -44,7 +49,10 @@ class RunDir:
             differing = sorted(_differences(old, json.loads(json.dumps(settings))))
             if differing and not self.committed():  # stopped before it had anything to lose: a typo in a flag, say
                 if self.unit == "round":
-                    (self.path / "classifier.safetensors").unlink(missing_ok=True)
+                    for name in ("classifier.safetensors", "frozen.safetensors"):
+                        (self.path / name).unlink(missing_ok=True)
+                    self.pretraining.forget()
+                    remove_folder(self.kept_scores)
                 write_json(config, settings)
             elif differing:
                 raise MinerError(
@@ -55,9 +63,60 @@ class RunDir:
             raise MinerError(f"{self.path}: no run to resume here (no config.json); check --out or drop --resume")
         else:
             write_json(config, settings)
-        first = max(self.committed(), default=-1) + 1
+        return self.rewind()
+
+    def rewind(self) -> int:
+        """The first round that is not committed, soundly; what was logged of it before is dropped."""
+        first = self.last_sound() + 1
         self._forget_metrics(first)
         return first
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process out of a local run directory; the system lets go when this one ends, however.
+
+        Raises MinerError when another process is at work in it. Object stores have no such lock.
+        """
+        if not isinstance(self.path, Path):
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise MinerError(f"{self.path}: another process is at work here; wait for it, or end it") from None
+            except OSError:
+                pass  # a network disk without locks
+            yield
+
+    def last_sound(self) -> int:
+        """The last round whose files are as they were committed, -1 for none; later ones are taken back."""
+        for round_ in reversed(self.committed()):
+            try:
+                self.verified(round_)
+            except MinerError as error:
+                (self.round(round_) / "COMMITTED").unlink()
+                self.notes.append(f"{error}; going back behind {self.unit} {round_ + 1}")
+            else:
+                return round_
+        return -1
+
+    @property
+    def pretraining(self) -> "RunDir":
+        """Where epochs of the classifier's own training are committed until it is done."""
+        return RunDir(self.path / "pretrain", "epoch")
+
+    def forget(self) -> None:
+        """Remove everything that was committed."""
+        for round_ in self.committed():
+            (self.round(round_) / "COMMITTED").unlink()
+            remove_folder(self.round(round_))
+
+    @property
+    def kept_scores(self) -> Place:
+        """Where a sweep that is going on keeps what it found, shard by shard."""
+        return self.path / "scores"
 
     def _old(self, config: Place) -> dict[str, Any]:
         try:
@@ -81,18 +140,32 @@ class RunDir:
         folder = self.round(round_)
         files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         write_json(folder / "COMMITTED", {name: sha256(folder / name) for name in files if name != "COMMITTED"})
-        for old in self.committed()[:-KEPT_ROUNDS]:
-            folder = self.round(old)
-            (folder / "COMMITTED").unlink()  # first, so that a half-deleted round is never taken for whole
-            remove_folder(folder)
+        kept = self.committed()[-KEPT_ROUNDS:]
+        folders: list[Place] = list((self.path / f"{self.unit}s").iterdir())
+        for folder in folders:
+            if folder.name.isdigit() and int(folder.name) not in kept:
+                (folder / "COMMITTED").unlink(missing_ok=True)  # first: a half-deleted round is never taken for whole
+                remove_folder(folder)
+        remove_folder(self.kept_scores)
 
     def verified(self, round_: int) -> Place:
         """Folder of a committed round. Raises MinerError naming a file that is not what was committed."""
         folder = self.round(round_)
-        for name, digest in json.loads((folder / "COMMITTED").read_text()).items():
-            if not (folder / name).exists() or sha256(folder / name) != digest:
-                raise MinerError(f"{folder / name}: changed since it was committed; remove {folder} to go on before it")
+        try:
+            files = dict(json.loads((folder / "COMMITTED").read_text()))
+        except ValueError:
+            raise MinerError(f"{folder / 'COMMITTED'}: cut off or damaged") from None
+        for name, digest in files.items():
+            path = folder / str(name).rpartition("/")[2]
+            if not path.exists() or sha256(path) != digest:
+                raise MinerError(f"{path}: changed since it was committed")
         return folder
+
+    def bytes_used(self) -> int:
+        """Bytes of all files in a local run directory; 0 at a URL."""
+        if not isinstance(self.path, Path):
+            return 0
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

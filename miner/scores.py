@@ -2,12 +2,12 @@
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from miner.errors import MinerError
+from miner.files import Place
 from miner.weights import read_arrow, write_arrow
 
 _KNOWN = {
@@ -48,14 +48,14 @@ class Scores:
             self.columns[name][rows] = values
         self.missing[rows] = False
 
-    def write(self, path: Path, stamp: str) -> None:
+    def write(self, path: Place, stamp: str) -> None:
         """Keep complete scores, atomically, with what they belong to and a hash of their bytes."""
         path.parent.mkdir(parents=True, exist_ok=True)
         table = pa.table({name: pa.array(self.columns[name]) for name in sorted(self.columns)})
         write_arrow(table.replace_schema_metadata({"stamp": stamp, "hash": self._hash()}), path)
 
     @classmethod
-    def read(cls, path: Path, stamp: str, eligible: np.ndarray) -> "Scores | None":
+    def read(cls, path: Place, stamp: str, eligible: np.ndarray) -> "Scores | None":
         """Kept scores of the sweep ``stamp``; None when there are none, or others, or when they are damaged."""
         if not path.exists():
             return None

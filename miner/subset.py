@@ -87,6 +87,19 @@ def write_subset(
     return content
 
 
+def is_written(folder: Place, chosen: pa.Table, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """subset.json's content when just this subset lies in ``folder`` already, every byte as recorded; else None."""
+    try:
+        subset = Subset(folder)
+        subset.verify()
+        rows = subset.manifest.select(["uid", "weight", "rank"])
+    except (MinerError, OSError, ValueError, KeyError):
+        return None
+    told = json.loads(json.dumps(recipe))
+    same = rows.equals(chosen.select(["uid", "weight", "rank"]).cast(rows.schema))
+    return subset.recipe if same and all(subset.recipe.get(name) == value for name, value in told.items()) else None
+
+
 def class_histogram(chosen: pa.Table, classes: tuple[str, ...]) -> dict[str, int]:
     """How many chosen images each pool class has, most frequent first."""
     counts = pc.value_counts(chosen["label"].drop_null()).to_pylist()

@@ -42,9 +42,9 @@ class Block:
 
 
 def cut(masks: list[np.ndarray], counts: list[int], size: int) -> Iterator[Block]:
-    """Blocks of the rows set in each shard's mask (``np.packbits``), in shard order; none of an empty mask."""
+    """Blocks of the rows set in each shard's mask (``np.packbits``), in shard order."""
     for shard, (mask, count) in enumerate(zip(masks, counts, strict=True)):
-        rows = np.flatnonzero(np.unpackbits(mask, count=count)).astype(np.int32) if len(mask) else []
+        rows = np.flatnonzero(np.unpackbits(mask, count=count)).astype(np.int32)
         for start in range(0, len(rows), size):
             yield Block(shard, rows[start : start + size])
 

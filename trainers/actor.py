@@ -11,14 +11,17 @@ import torch
 
 from miner.baselines import poem_distance, poem_draw, poem_posterior
 from miner.config import Game
+from miner.files import place
 from miner.guard import near_id
 from miner.neighbors import WHITENED, NearestID, Strata, check_finite, fit_strata, unit
+from miner.run_dir import RunDir, write_file
 from trainers import models
 from trainers.checkpoint import pack, restore
 from trainers.config import PretrainConfig
 from trainers.data import IdSet, augment, normalise
 from trainers.fit import pretrain
-from trainers.train import autocast, features_and_logits, joint_step, place, uniformity
+from trainers.train import autocast, features_and_logits, joint_step, uniformity
+from trainers.train import place as to_device
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -29,6 +32,7 @@ _FORWARD = {"cpu": 256, "cuda": 4096}
 # The image itself comes first. A loss that is averaged over views depends less on the net that it is measured with.
 _SHIFTS = ((2, 1), (-2, -1), (1, -2), (-1, 2))
 _MARGIN = 2
+_STATE = "state.safetensors"  # of a pre-training epoch
 _NEAR_SAMPLE, _NEAR_SALT = 5_000, 0x1D  # ID images that say how near is near
 
 
@@ -55,11 +59,12 @@ class Trainer:
         torch.backends.cudnn.deterministic = True
         self.id_set = id_set
         self.net = models.create(model, len(id_set.classes), seed)
-        place(self.net, self.device).eval()
+        to_device(self.net, self.device).eval()
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=game.lr, momentum=0.9, weight_decay=5e-4)
         self.nearest: NearestID | None = None
         self.strata: Strata | None = None
         self.id_features: np.ndarray | None = None  # between ``look_up_id`` and ``fit_boundary`` only
+        self.id_near: np.ndarray | None = None
         self.boundary: np.ndarray | None = None
         self.told: dict[str, Any] = {}
 
@@ -72,12 +77,41 @@ class Trainer:
         )
         return {"device": name, "pid": os.getpid()}
 
-    def pretrain(self, config: PretrainConfig) -> dict[str, Any]:
-        """Train on the ID set from scratch; returns what ``trainers.train.pretrain`` reports."""
+    def pretrain(self, config: PretrainConfig, folder: str | None = None) -> dict[str, Any]:
+        """Train on the ID set from scratch; returns what ``trainers.train.pretrain`` reports.
+
+        Epochs are committed in ``folder``, a run directory, and training goes on after the last one there.
+        """
         torch.set_num_threads(self.training_threads)
-        report = pretrain(self.net, self.id_set, config, self.seed, self.device, self.told.update)
+        if folder is None:
+            report = pretrain(self.net, self.id_set, config, self.seed, self.device, self.told.update)
+        else:
+            report = self._pretrain_in(RunDir(place(folder)).pretraining, config)
         self.net.eval()
         return report
+
+    def _pretrain_in(self, kept: RunDir, config: PretrainConfig) -> dict[str, Any]:
+        def on_epoch(epoch: int, state: bytes, means: dict[str, Any]) -> None:
+            write_file(kept.round(epoch - 1) / _STATE, state)
+            kept.commit(epoch - 1)
+
+        done = kept.last_sound() + 1
+        resume = (done, (kept.round(done - 1) / _STATE).read_bytes()) if done else None
+        return pretrain(
+            self.net,
+            self.id_set,
+            config,
+            self.seed,
+            self.device,
+            self.told.update,
+            resume=resume,
+            on_epoch=on_epoch,
+        )
+
+    @ray.method(concurrency_group="tell")
+    def ping(self) -> bool:
+        """That this process lives; answered while it works."""
+        return True
 
     @ray.method(concurrency_group="tell")
     def progress(self) -> dict[str, Any]:
@@ -133,13 +167,17 @@ class Trainer:
         """Index the ID training set under the classifier as it is now; ``keep`` its features for ``fit_boundary``.
 
         Returns how near ID images are themselves: the cosine to the 50th nearest, float32, of 5,000 drawn by the seed.
+        A second call only repeats the answer: the frozen classifier is asked once.
         """
+        if self.id_near is not None and not keep:
+            return self.id_near
         features = self.features(self.id_set.train_images)
         self.nearest = NearestID(features, self.scoring_threads)
         self.id_features = features if keep else None
         rng = np.random.default_rng([self.seed, _NEAR_SALT])
         rows = np.sort(rng.permutation(len(features))[:_NEAR_SAMPLE])
-        return self.nearest.query(features[rows])[2]
+        self.id_near = self.nearest.query(features[rows])[2]
+        return self.id_near
 
     def fit_strata(self, strata: int, near: float, labels: np.ndarray, *parts: np.ndarray) -> Strata:
         """Strata of the given images that the leak guard would spare, given their classes in the pool (-1: none)."""

@@ -96,7 +96,15 @@ def fit(
 
 
 def pretrain(
-    net: Net, id_set: IdSet, config: PretrainConfig, seed: int, device: torch.device, on_progress: Progress
+    net: Net,
+    id_set: IdSet,
+    config: PretrainConfig,
+    seed: int,
+    device: torch.device,
+    on_progress: Progress,
+    *,
+    resume: tuple[int, bytes] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> dict:
     """``fit`` with cross-entropy alone: the classifier that mining starts from."""
     recipe = Recipe(
@@ -108,7 +116,7 @@ def pretrain(
         weight_decay=config.weight_decay,
         label_smoothing=config.label_smoothing,
     )
-    return fit(net, id_set, None, recipe, seed, device, on_progress, phase="pretrain")
+    return fit(net, id_set, None, recipe, seed, device, on_progress, phase="pretrain", resume=resume, on_epoch=on_epoch)
 
 
 def mean_energies(net: Net, id_set: IdSet, outliers: ImageSet, seed: int) -> tuple[float, float]:
