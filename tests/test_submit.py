@@ -108,14 +108,17 @@ def listening(port: int) -> set[str]:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """A head of its own: ports, temporary folder and token are this test's, and so are all processes it ends."""
     folder = tempfile.mkdtemp(prefix="head-")  # short: Ray's sockets lie in it, and their paths have a limit
-    token_file = tmp_path_factory.mktemp("token") / "auth_token"
-    token = os.urandom(32).hex()
-    token_file.touch(mode=0o600)
-    token_file.write_text(token)
+    home = tmp_path_factory.mktemp("home")
+    make = next(line for line in (ROOT / "docs/cluster.md").read_text().splitlines() if line.startswith("(umask 077;"))
+    path = os.pathsep.join([str(RAY.parent), os.environ["PATH"]])  # as in an activated environment
+    subprocess.run(["bash", "-c", make], check=True, env=os.environ | {"HOME": str(home), "PATH": path})
+    token_file = home / ".outlier-miner" / "auth_token"
+    assert token_file.stat().st_mode & 0o777 == 0o600
+    token = token_file.read_text().strip()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "no_proxy": "127.0.0.1"}
-    environment["PATH"] = os.pathsep.join([str(RAY.parent), environment["PATH"]])  # the entrypoint says `python`
+    environment["PATH"] = path
     gcs, dashboard, client, agent, agent_grpc, runtime_env, metrics = free_ports(7)
     words = [str(RAY), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
     words += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
