@@ -22,8 +22,8 @@ def open_shard(pool: Pool, shard: int, size: int, directory: str | None = None) 
     """Pixels of one shard and the rows that did not decode.
 
     Returns read-only uint8 [n, size, size, 3], memory-mapped, and {row: reason} (zeros there). The first
-    call writes ``<folder>/<size>/000000.npy``: in the pool, or for a read-only or remote pool under
-    ``directory``, $OUTLIER_CACHE or ~/.cache/outlier-miner. A raw shard of that very size is its own cache.
+    call writes ``<folder>/<size>/000000.npy``: under ``directory`` or $OUTLIER_CACHE where one is given (a quick disk
+    of each machine), else in the pool, or for a read-only or remote pool under ~/.cache/outlier-miner. A raw shard of that very size is its own cache.
     Raises MinerError when the disk is full or the shard cannot be read.
     """
     entry = pool.shards[shard]
@@ -46,10 +46,10 @@ def is_shared(pool: Pool) -> bool:
 
 
 def _folder(pool: Pool, directory: str | None) -> str:
-    if directory is None and not is_url(pool.path) and os.access(pool.path, os.W_OK):
+    base = directory or os.environ.get("OUTLIER_CACHE")
+    if base is None and not is_url(pool.path) and os.access(pool.path, os.W_OK):
         return os.path.join(pool.path, "cache")
-    base = directory or os.environ.get("OUTLIER_CACHE") or os.path.expanduser("~/.cache/outlier-miner")
-    return os.path.join(base, pool.fingerprint)
+    return os.path.join(base or os.path.expanduser("~/.cache/outlier-miner"), pool.fingerprint)
 
 
 def _stamp(entry: Shard, size: int) -> dict[str, Any]:

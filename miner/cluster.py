@@ -5,7 +5,6 @@ the order in which they were made. So a call of before a loss can at worst be do
 more, and all that it can write are the bytes that its successor writes too.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from trainers.data import IdSet
 POLL = 2.0  # seconds between two looks at what is being waited for
 PATIENCE = 60.0  # seconds without an answer to "are you there?" after which a process counts as lost
 PLACING = 60.0  # seconds that a new trainer may wait for a slot while others can do its work
+TELL = 10.0  # seconds between two lines that say what is being waited for
 MOST_LOSSES = 10  # in a row, without anything new that is kept
 
 
@@ -32,13 +32,14 @@ class Crew:
         self.config, self.pool, self.shards, self.display = config, pool, shards, display
         self.id_set, self.id_images = ray.put(id_set), len(id_set.train_images)
         self.kind = _slots(config)
-        wanted = config.machines.pool_actors or min(_count("CPU"), 16)
+        wanted = config.machines.pool_actors or min(_count("CPU") or 1, 16)
         self.names: dict[Any, str] = {}
-        self.pools = [self._pool(i) for i in range(max(1, min(wanted, shards)))]
-        self.trainers = [self._trainer(i) for i in range(config.machines.trainers)]
         self.pings: dict[Any, tuple[Any, float]] = {}  # actor -> question and when it was put
         self.deaths: list[dict[str, Any]] = []
         self.kept_at, self.losses = time.monotonic(), 0
+        self.pools = [self._pool(i) for i in range(max(1, min(wanted, shards)))]
+        self.trainers = [self._trainer(i) for i in range(config.machines.trainers)]
+        self._assemble()
 
     @property
     def owner(self) -> list[Any]:
@@ -119,7 +120,7 @@ class Crew:
                 self.pools[number] = self._pool(number)
             else:
                 self.trainers[self.trainers.index(actor)] = self._trainer(number)
-        self._drop_homeless()
+        self._assemble()
         return names
 
     def record(self, names: list[str], loss: LostError, phase: str) -> None:
@@ -130,16 +131,24 @@ class Crew:
         self.deaths.append({"who": who, "phase": phase, "why": why, "seconds_lost": round(seconds, 1)})
         self.display.say(f"{who} lost in {phase}, replaced; {seconds:.1f} s of work and waiting lost")
 
-    def _drop_homeless(self) -> None:
-        """Go on with fewer trainers when a machine is gone for which there is no other."""
-        while len(self.trainers) > 1:
-            questions = {trainer.ping.remote(): trainer for trainer in self.trainers}
-            _, waiting = ray.wait(list(questions), num_returns=len(questions), timeout=PLACING)
-            if not waiting:
-                return
-            self.trainers.remove(questions[waiting[-1]])
-            ray.kill(questions[waiting[-1]])
-            self.display.say(f"no slot for a trainer: going on with {len(self.trainers)}")
+    def _assemble(self) -> None:
+        """Wait until every actor runs. Trainers for which no slot comes free are done without, if there are others."""
+        started = spoke = time.monotonic()
+        questions = {actor.ping.remote(): actor for actor in [*self.pools, *self.trainers]}
+        waiting = list(questions)
+        while waiting := ray.wait(waiting, num_returns=len(waiting), timeout=POLL)[1]:
+            late = [questions[ref] for ref in waiting]
+            now = time.monotonic()
+            if now - started > PLACING and not self.config.machines.autoscale:
+                for actor in [actor for actor in late if actor in self.trainers and len(self.trainers) > 1]:
+                    self.trainers.remove(actor)
+                    ray.kill(actor)
+                    self.display.say(f"no slot for {self.names.pop(actor)}: going on with {len(self.trainers)}")
+                waiting = [ref for ref in waiting if questions[ref] in self.names]
+            if now - spoke > TELL:
+                spoke = now
+                missing = ", ".join(sorted(self.names[actor] for actor in late if actor in self.names))
+                self.display.say(f"waiting for machines: no place yet for {missing} ({now - started:.0f} s)")
 
     def dismiss(self) -> None:
         """End all actors, so that their CPUs and GPUs are free for whatever comes next."""
@@ -149,11 +158,16 @@ class Crew:
     # --- starting ------------------------------------------------------------------------------------------------
 
     def _pool(self, number: int) -> Any:
-        """A new pool actor. It reserves no CPU: all must be placed on whatever there is, spread over the nodes."""
+        """A new pool actor. It reserves no CPU, so that all are placed on whatever there is, spread over the nodes.
+
+        Where machines start on demand it asks for one CPU: without a demand no machine would start.
+        """
         from miner.actors import PoolActor
 
         data, game = self.config.data, self.config.game
         options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": _place(number)}
+        if self.config.machines.autoscale:
+            options = {"num_cpus": 1}
         actor = PoolActor.options(**options).remote(self.pool, data.size, data.seed, game.rule, game.eta)
         self.names[actor] = f"pool-{number}"
         return actor
@@ -163,11 +177,8 @@ class Crew:
         from trainers.actor import TrainerActor
 
         data, game, machines = self.config.data, self.config.game, self.config.machines
-        # One core is left to pool actors and driver: OpenMP threads that share a core wait for each other.
-        scoring = max(((os.cpu_count() or 2) - 1) // machines.trainers, 1)
-        actor = TrainerActor.options(**self.kind).remote(
-            data.model, self.id_set, data.seed, (game.threads, scoring), game
-        )
+        share = -(-machines.trainers // len(_nodes()))  # trainers on one machine
+        actor = TrainerActor.options(**self.kind).remote(data.model, self.id_set, data.seed, game, share)
         self.names[actor] = f"trainer-{number}"
         return actor
 
@@ -175,13 +186,19 @@ class Crew:
 def _answered(question: Any) -> bool:
     try:
         return bool(ray.get(question, timeout=0))
-    except (*GONE, ray.exceptions.GetTimeoutError):
+    except (*GONE, ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError):
         return False
 
 
+def _nodes() -> list[str]:
+    """Living machines that do work: a cluster's head often has no CPU to give."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return sorted(node["NodeID"] for node in alive if node["Resources"].get("CPU")) or [alive[0]["NodeID"]]
+
+
 def _place(number: int) -> Any:
-    """Pool actors take turns over the living nodes: softly, so that one that dies meanwhile does not matter."""
-    nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    """Pool actors take turns over the machines: softly, so that one that dies meanwhile does not matter."""
+    nodes = _nodes()
     return NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
 
 
@@ -192,6 +209,8 @@ def _count(kind: str) -> int:
 def _slots(config: Config) -> dict[str, Any]:
     """What a trainer reserves. Raises UsageError when the cluster can never give it."""
     gpus, cpus = _count("GPU"), max(_count("CPU"), 1)
+    if config.machines.autoscale:
+        return {"num_gpus": 1, "num_cpus": 1}
     if config.machines.trainers > (gpus or cpus):
         raise UsageError(f"--trainers {config.machines.trainers}: the cluster has {gpus} GPUs and {cpus} CPUs")
     return {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}

@@ -104,6 +104,9 @@ class Machines:
     address: str | None = None
     """Ray cluster to join (`auto` or host:port); pool and --out then lie on a disk that all nodes see, or at URLs.
     Default: a private Ray on this machine."""
+    autoscale: bool = False
+    """Machines of the cluster at --address start on demand (cluster.yaml): ask for a GPU and a CPU for each trainer
+    and a CPU for each pool actor (set --pool-actors), and wait until they are there."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ def check(config: Config) -> None:
             raise UsageError(f"{flag} {value}: must be at least {least}")
     if config.game.rule == "dos" and config.selection.strata == 0:
         raise UsageError("--rule dos --strata 0: strata are the clusters that dos takes turns over; leave --strata out")
+    machines = config.machines
+    if machines.autoscale and not (machines.address and machines.pool_actors):
+        raise UsageError("--autoscale: needs --address, and --pool-actors, of which machines are asked for")
     if config.game.views > MOST_VIEWS:
         raise UsageError(f"--views {config.game.views}: there are at most {MOST_VIEWS}")
     if not 0.0 <= config.game.smooth <= 1.0:

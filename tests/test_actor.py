@@ -20,7 +20,7 @@ def images() -> np.ndarray:
 
 
 def trainer(id_set: IdSet, **game: object) -> Trainer:
-    return Trainer("small", id_set, seed=2, threads=(1, 1), game=Game(**game))  # type: ignore[arg-type]
+    return Trainer("small", id_set, seed=2, game=Game(**game))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

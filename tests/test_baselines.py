@@ -283,7 +283,7 @@ def test_poem_ranks_by_one_boundary(
     """The whole of it once more, plainly: sample, features, regression, draw, distances."""
     table = load_weights(runs["poem", 3])
     net, _ = load_net(checkpoint, "small", digits.classes)
-    trainer = Trainer("small", digits, seed=3, threads=(1, 1), game=Game(rule="poem"))
+    trainer = Trainer("small", digits, seed=3, game=Game(rule="poem"))
     trainer.net.load_state_dict(net.state_dict())
     images = np.concatenate([open_shard(pool, shard, 32)[0] for shard in range(3)])
     features, inside = trainer.features(images), trainer.features(digits.train_images)

@@ -81,7 +81,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One short training of the classifier for all runs."""
     before = torch.get_num_threads()
     id_set = load_id("demo")
-    trainer = Trainer("small", id_set, seed=0, threads=(1, 1), game=Game(batch=32))
+    trainer = Trainer("small", id_set, seed=0, game=Game(batch=32))
     report = trainer.pretrain(PretrainConfig(epochs=3, batch=64, lr=0.1))
     torch.set_num_threads(before)
     path = tmp_path_factory.mktemp("net") / "small.safetensors"

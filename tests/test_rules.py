@@ -446,7 +446,7 @@ def test_loss_std(loss: list[float]) -> None:
 
 
 def test_the_loss_of_an_image_does_not_depend_on_its_batch(tmp_path: Path) -> None:
-    trainer = Trainer("small", load_id("demo"), seed=0, threads=(1, 1), game=Game(lr=0.1, batch=32))
+    trainer = Trainer("small", load_id("demo"), seed=0, game=Game(lr=0.1, batch=32))
     images = demo.pool_arrays()[0][:300]
     # a few joint steps, so that this is the net of the game
     trainer.train(0, 0, np.arange(96), None, images[:96])

@@ -170,7 +170,7 @@ def test_the_main_job_runs_by_job_submit(head: Head, tmp_path: Path, digits: IdS
     pool = tmp_path / "pool"
     pool.mkdir()
     write_arrays_pool(str(pool), "some", images[:300], labels[:300], demo.FAMILIES, shard_count=2)
-    trainer = Trainer("small", digits, seed=0, threads=(1, 1), game=Game())
+    trainer = Trainer("small", digits, seed=0, game=Game())
     net = tmp_path / "net.safetensors"
     save_checkpoint(net, trainer.net, {"model": "small", "classes": list(digits.classes), "accuracy": 0.1})
     code = tmp_path / "code"

@@ -51,8 +51,10 @@ def views(images: np.ndarray, count: int, flip: bool) -> Iterator[np.ndarray]:
 class Trainer:
     """One classifier and the ID set, as a plain class: tests use it without Ray."""
 
-    def __init__(self, model: str, id_set: IdSet, seed: int, threads: tuple[int, int], game: Game) -> None:
-        self.training_threads, self.scoring_threads = threads
+    def __init__(self, model: str, id_set: IdSet, seed: int, game: Game, share: int = 1) -> None:
+        """``share``: how many trainers there are on this machine, which score in as many parts of its cores."""
+        # One core is left to pool actors and driver: OpenMP threads that share a core wait for each other.
+        self.training_threads, self.scoring_threads = game.threads, max(((os.cpu_count() or 2) - 1) // share, 1)
         self.seed, self.alpha, self.batch, self.views = seed, game.alpha, game.batch, game.views
         self.by_features = game.rule == "dos"  # as published: clusters of its features, not of all that is seen
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
