@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow.compute as pc
 import ray
 
-from miner import cache, ranking, rules
+from miner import cache, ranking, rules, telemetry
 from miner.baselines import Sweep
 from miner.errors import MinerError
 from miner.guard import NO_CLASS, ClassSums, class_sums
+from miner.observed import observed
 from miner.pool import Pool
 from miner.rules import RootSums, Sums
 from miner.weights import ShardState, final_table, write_arrow
@@ -257,4 +258,4 @@ class PoolShards:
 
 # The state is rebuilt from snapshots, so Ray may restart the process, but it must never repeat a call by itself:
 # its retries come late, out of order and without an exception.
-PoolActor = ray.remote(max_restarts=0, max_task_retries=0)(PoolShards)
+PoolActor = ray.remote(max_restarts=0, max_task_retries=0)(observed(PoolShards, block=telemetry.served))

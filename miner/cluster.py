@@ -56,14 +56,16 @@ def crew(config: Config, pool: str, shards: int, id_set: IdSet) -> Crew:
     threads = (game.threads, scoring)
     shared = ray.put(id_set)
     trainer = TrainerActor.options(**kind)
+    run = str(config.run_dir.absolute())  # where each process keeps its log
     trainers = [
-        trainer.remote(config.data.model, shared, config.data.seed, threads, game) for _ in range(machines.trainers)
+        trainer.remote(config.data.model, shared, config.data.seed, threads, game, watch=(run, f"trainer-{i}"))
+        for i in range(machines.trainers)
     ]
     wanted = machines.pool_actors or min(cpus, 16)
     # Pool actors reserve no CPU: they must all be placed on whatever there is, spread over the nodes.
     actor = PoolActor.options(num_cpus=0, scheduling_strategy="SPREAD")
     pools: list[Any] = [
-        actor.remote(pool, config.data.size, config.data.seed, game.rule, game.eta)
-        for _ in range(max(1, min(wanted, shards)))
+        actor.remote(pool, config.data.size, config.data.seed, game.rule, game.eta, watch=(run, f"pool-{i}"))
+        for i in range(max(1, min(wanted, shards)))
     ]
     return Crew(pools, [pools[shard % len(pools)] for shard in range(shards)], trainers)

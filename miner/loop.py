@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from miner import baselines, rules
+from miner import baselines, rules, telemetry
 from miner.cluster import Crew
 from miner.config import ONE_SWEEP, Config
 from miner.errors import MinerError
@@ -46,6 +46,7 @@ class Game:
         """Rounds ``first`` to the last one."""
         for round_ in range(first, self.config.game.effective_rounds):
             started = time.monotonic()
+            self.display.begin_round(round_)
             if self.config.game.rule in rules.STEPWISE:
                 record = stepwise_round(self, round_)
             else:
@@ -79,9 +80,11 @@ class Game:
             while min(load) >= IN_FLIGHT:
                 taken.append(self._reap(busy, load))
             trainer = load.index(min(load))
+            telemetry.gauge("shards_waiting", len(counts) - shard)
             images = crew.owner[shard].block.remote(shard, start, min(start + BLOCK, counts[shard]))
             busy[crew.trainers[trainer].score.remote(images, round_ == 0)] = trainer, shard, start
             load[trainer] += 1
+        telemetry.gauge("shards_waiting", 0)
         while busy:
             taken.append(self._reap(busy, load))
         get(taken)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import ray
 from torch.utils.tensorboard import SummaryWriter
 
-from miner import cluster, ranking
+from miner import cluster, memory, ranking, telemetry
 from miner.config import Config
 from miner.frozen import look_ups
 from miner.inputs import check, check_sizes, duplicates, eligible, open_pool
@@ -57,9 +57,11 @@ class Mining:
         self.id_set = load_id(self.config.data.id, self.config.data.size)
         settings = self.config.mining() | {"pool": self.pool.fingerprint, "id": self.id_set.fingerprint}
         first = self.dir.begin(settings, self.config.output.resume)
+        self.display.follow(self.dir.path, self.config.game.effective_rounds)
         portable = json.dumps(_portable(settings), sort_keys=True)
         self.run_id = hashlib.blake2b(portable.encode(), digest_size=8).hexdigest()
         connect(self.config.machines.address)
+        self.display.joined_ray()
         self.crew = cluster.crew(self.config, self.pool.path, len(self.pool.shards), self.id_set)
         try:
             self.times["start"] = time.monotonic() - started
@@ -142,8 +144,10 @@ class Mining:
                 shard = jobs.pop(ref)
                 found[shard] = get(ref)
                 self.display.advance(counts[shard])
+                telemetry.gauge("shards_waiting", len(jobs))
         for shard in sorted(found):
             self.undecodable += [f"{self.pool.shards[shard].name}: {image}" for image in found[shard]]
+        self.display.quarantined(len(self.undecodable))
         for image in self.undecodable[:3]:
             self.display.say(f"quarantined: {image}")
 
@@ -152,6 +156,7 @@ class Mining:
         writer = SummaryWriter(str(self.dir.path / "tensorboard"), purge_step=first)
 
         def on_round(record: dict[str, Any]) -> None:
+            self.display.committed(record)
             self.display.figures = f"L_out {record['l_out']:.4f}, ESS {record['effective_sample_size']:,.0f}"
             number = f"round {record['round'] + 1}/{self.config.game.effective_rounds}"
             self.display.say(f"{number}: {self.display.figures} (effective size), {record['seconds']:.1f} s")
@@ -256,6 +261,7 @@ class Mining:
             },
             "pool_actors": len(self.crew.pools),
             "trainers": get([trainer.where.remote() for trainer in self.crew.trainers]),
+            "memory": memory.survey(get([a.memory.remote() for a in self.crew.pools + self.crew.trainers])),
             "seconds": {name: round(value, 2) for name, value in self.times.items()},
         }
 
