@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow.compute as pc
 import ray
 
-from miner import cache, ranking, rules
+from miner import cache, ranking, rules, telemetry
 from miner.baselines import Sweep
 from miner.errors import MinerError
 from miner.files import place
 from miner.guard import NO_CLASS, ClassSums, class_sums
+from miner.observed import observed
 from miner.pool import Pool
 from miner.rules import RootSums, Sums
 from miner.scores import Scores, scores_file
@@ -296,4 +297,4 @@ class PoolShards:
 # Ray must neither restart a process nor repeat a call by itself: its retries come late, out of order and without an
 # exception. The crew does it. One thread works, in the order of the calls; the other answers ``ping``.
 _OPTIONS: Any = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"tell": 1}}
-PoolActor = ray.remote(**_OPTIONS)(PoolShards)
+PoolActor = ray.remote(**_OPTIONS)(observed(PoolShards, rows_of=telemetry.served))

@@ -23,8 +23,8 @@ def open_shard(pool: Pool, shard: int, size: int, directory: str | None = None) 
 
     Returns read-only uint8 [n, size, size, 3], memory-mapped, and {row: reason} (zeros there). The first
     call writes ``<folder>/<size>/000000.npy``: under ``directory`` or $OUTLIER_CACHE where one is given (a quick disk
-    of each machine), else in the pool, or for a read-only or remote pool under ~/.cache/outlier-miner. A raw shard of that very size is its own cache.
-    Raises MinerError when the disk is full or the shard cannot be read.
+    of each machine), else in the pool, or for a read-only or remote pool under ~/.cache/outlier-miner.
+    A raw shard of that very size is its own cache. Raises MinerError when the disk is full or the shard cannot be read.
     """
     entry = pool.shards[shard]
     if entry.kind == "raw" and entry.record_shape == (size, size, 3):

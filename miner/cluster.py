@@ -34,6 +34,7 @@ class Crew:
         self.kind = _slots(config)
         wanted = config.machines.pool_actors or min(_count("CPU") or 1, 16)
         self.names: dict[Any, str] = {}
+        self.watch = str(config.run_dir.resolve())  # where each process keeps its log
         self.pings: dict[Any, tuple[Any, float]] = {}  # actor -> question and when it was put
         self.deaths: list[dict[str, Any]] = []
         self.kept_at, self.losses = time.monotonic(), 0
@@ -129,7 +130,7 @@ class Crew:
         why = str(loss).partition(" (")[2].partition(");")[0].partition("; ")[0]
         who = " and ".join(names) or "a process"
         self.deaths.append({"who": who, "phase": phase, "why": why, "seconds_lost": round(seconds, 1)})
-        self.display.say(f"{who} lost in {phase}, replaced; {seconds:.1f} s of work and waiting lost")
+        self.display.death(who, f"{why}, in {phase}", seconds)
 
     def _assemble(self) -> None:
         """Wait until every actor runs. Trainers for which no slot comes free are done without, if there are others."""
@@ -168,7 +169,9 @@ class Crew:
         options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": _place(number)}
         if self.config.machines.autoscale:
             options = {"num_cpus": 1}
-        actor = PoolActor.options(**options).remote(self.pool, data.size, data.seed, game.rule, game.eta)
+        actor = PoolActor.options(**options).remote(
+            self.pool, data.size, data.seed, game.rule, game.eta, watch=(self.watch, f"pool-{number}")
+        )
         self.names[actor] = f"pool-{number}"
         return actor
 
@@ -178,7 +181,9 @@ class Crew:
 
         data, game, machines = self.config.data, self.config.game, self.config.machines
         share = -(-machines.trainers // len(_nodes()))  # trainers on one machine
-        actor = TrainerActor.options(**self.kind).remote(data.model, self.id_set, data.seed, game, share)
+        actor = TrainerActor.options(**self.kind).remote(
+            data.model, self.id_set, data.seed, game, share, watch=(self.watch, f"trainer-{number}")
+        )
         self.names[actor] = f"trainer-{number}"
         return actor
 

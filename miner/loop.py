@@ -47,6 +47,7 @@ class Game:
         """Rounds ``first`` to the last one; ``on_round`` gets each finished round's record."""
         for round_ in range(first, self.config.game.effective_rounds):
             started = time.monotonic()
+            self.display.begin_round(round_)
             if self.config.game.rule in rules.STEPWISE:
                 record = stepwise_round(self, round_)
             else:
@@ -55,6 +56,10 @@ class Game:
             self.run.log(record)  # first: records of rounds that were not committed are dropped on resume
             self.commit(round_)
             on_round(record)
+
+    def phase(self, round_: int, name: str, total: int, done: int = 0) -> None:
+        """Say what the round is at."""
+        self.display.phase(f"round {round_ + 1}/{self.config.game.effective_rounds} {name}", total, done)
 
     def sweep_round(self, round_: int) -> dict[str, Any]:
         """Score the whole pool once, update every weight, train unless it is the last round."""
@@ -73,7 +78,7 @@ class Game:
         opened = crew.each("open_sweep", folder, stamp)
         total, left = sum(count for count, _ in opened), [mask for _, mask in opened]
         todo = sum(int(np.unpackbits(mask).sum()) for mask in left)
-        self.display.phase(f"round {round_ + 1}/{self.config.game.effective_rounds} score", total, total - todo)
+        self.phase(round_, "score", total, total - todo)
         counts = [shard.count for shard in self.shards]
         sweep = Sweep(crew, self.display, round_ == 0, folder, stamp)
         sweep.run(cut(left, counts, block_size(self.config.data.size)))
@@ -108,6 +113,7 @@ class Game:
 
     def update(self, round_: int) -> dict[str, Any]:
         """Reduce the global sums in shard order, apply the rule to every row, and report the new L_out."""
+        self.phase(round_, "update", 1)
         before = rules.add_sums(self.crew.each("sums"))
         self.scale = self.scale or rules.loss_std(before)
         level = self.equilibrium_level() if self.config.game.rule == "equilibrium" else 0.0
@@ -169,7 +175,7 @@ class Game:
     def train(self, round_: int, places: np.ndarray) -> dict[str, Any]:
         """Training steps on the drawn background images, in chunks; the last theta goes to every trainer."""
         game = self.config.game
-        self.display.phase(f"round {round_ + 1}/{game.effective_rounds} train", len(places))
+        self.phase(round_, "train", len(places))
         entropies: list[float] = []
         losses: list[np.ndarray] = []
         for result in self._chunks(round_, places):
@@ -216,6 +222,7 @@ class Game:
 
     def commit(self, round_: int) -> None:
         """Snapshot weights and classifier, then declare the round complete."""
+        self.phase(round_, "commit", 1)
         folder = self.run.round(round_)
         folder.mkdir(parents=True, exist_ok=True)
         self.crew.each("snapshot", str(folder.resolve()))

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from miner import memory
 from miner.board import Board
 from miner.cache import is_shared
 from miner.cluster import Crew
@@ -56,9 +57,11 @@ class Mining:
         settings = self.config.mining() | {"pool": self.pool.fingerprint, "id": self.id_set.fingerprint}
         with self.dir.locked():
             self.dir.begin(settings, self.config.output.resume)
+            self.display.follow(self.dir.path, self.config.game.effective_rounds)
             self.uid_N2, self.repeated = duplicates(self.pool)
             outcome = self.outcome(settings)
             connect(self.config.machines.address)
+            self.display.joined_ray()
             self.crew = Crew(self.config, self.pool.path, len(self.pool.shards), self.id_set, self.display)
             try:
                 self.times["start"] = time.monotonic() - started
@@ -132,6 +135,7 @@ class Mining:
                 number = f"round {record['round'] + 1}/{self.config.game.effective_rounds}"
                 self.display.say(f"{number}: {self.display.figures} (effective size), {record['seconds']:.1f} s")
                 board.add(record)
+                self.display.committed(record)
 
             game.play(first, on_round)
 
@@ -143,6 +147,9 @@ class Mining:
             "pool_actors": len(self.crew.pools),
             "trainers": self.crew.get([trainer.where.remote() for trainer in self.crew.trainers]),
             "deaths": self.crew.deaths,
+            "memory": memory.survey(
+                self.crew.get([actor.memory.remote() for actor in [*self.crew.pools, *self.crew.trainers]])
+            ),
         }
 
     # --- the frozen classifier -----------------------------------------------------------------------------------
@@ -206,6 +213,7 @@ class Mining:
             for shard, images in zip(self.pool.shards, self.crew.get(jobs), strict=True)
             for image in images
         ]
+        self.display.quarantined(len(self.undecodable))
         for image in self.undecodable[:3] if first_time else ():
             self.display.say(f"quarantined: {image}")
 

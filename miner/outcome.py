@@ -36,6 +36,7 @@ class Outcome:
 
     def rank(self, crew: Crew) -> pa.Table:
         """Rank the pool, write the weights table, and return it."""
+        self.display.phase("rank", 1)
         columns = crew.each("ranking_columns")
         joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
         strata = joined["stratum"] if self.config.strata_for(self.pool.count) > 1 else None

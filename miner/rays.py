@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import socket
 from typing import Any
 
@@ -36,6 +37,7 @@ def connect(address: str | None, num_cpus: int | None = None) -> int:
     options: dict[str, Any] = {"num_cpus": num_cpus, "include_dashboard": False} if own else {}
     # Waiting threads must not spin: torch and faiss bring a thread pool each, and few cores serve both.
     options["runtime_env"] = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if not own and ":" in str(address):
             _knock(str(address))
@@ -47,6 +49,8 @@ def connect(address: str | None, num_cpus: int | None = None) -> int:
         if "timed out" not in str(error):
             raise
         raise MinerError("Ray did not start in time: the machine is too busy; run the same command again") from None
+    if callable(on_sigterm):  # Ray's own handler takes its place: a SystemExit, which becomes an error inside ray.get
+        signal.signal(signal.SIGTERM, on_sigterm)
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 

@@ -19,7 +19,7 @@ def stepwise_round(run: "Game", round_: int) -> dict[str, Any]:
     game, each = run.config.game, run.crew.each
     sums = rules.add_sums(each("root_sums"))
     places = reference_draw(run, round_)
-    run.display.phase(f"round {round_ + 1}/{game.effective_rounds} {game.rule}", len(places))
+    run.phase(round_, game.rule, len(places))
     shards = range(len(run.shards))
     estimates, entropies = [], []
     for step in range(game.steps):

@@ -10,6 +10,7 @@ command goes on after the last finished round.
 import sys
 from typing import Any
 
+from miner import memory
 from pipelines import cli
 
 
@@ -51,7 +52,7 @@ def closing(summary: dict[str, Any]) -> str:
             f"{subset['effective_sample_size']:,.0f}, {subset['clipped_share']:.1%} of weights clipped at this gamma"
         )
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items())
-    return "\n".join([*lines, f"time: {seconds}"])
+    return "\n".join([*lines, f"time: {seconds}", memory.table(summary["memory"])])
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def command(module: str, *arguments: object, env: dict[str, str] | None = None) 
 @pytest.fixture(scope="module")
 def help_text() -> dict[str, str]:
     names = ("resample", "shard", "report", "agree", "demo", "train", "evaluate", "abnormality", "universal", "compare")
-    return {name: command(name, "--help").stdout for name in names}
+    return {name: command(name, "--help").stdout for name in (*names, "status")}
 
 
 def test_flags_are_frozen(help_text: dict[str, str]) -> None:

@@ -9,11 +9,13 @@ import numpy as np
 import ray
 import torch
 
+from miner import telemetry
 from miner.baselines import poem_distance, poem_draw, poem_posterior
 from miner.config import Game
 from miner.files import place
 from miner.guard import near_id
 from miner.neighbors import WHITENED, NearestID, Strata, check_finite, fit_strata, unit
+from miner.observed import observed
 from miner.run_dir import RunDir, write_file
 from trainers import models
 from trainers.checkpoint import pack, restore
@@ -266,4 +268,4 @@ class Trainer:
 
 # One thread works, one call at a time in the order they came; the other answers ``progress`` meanwhile.
 _OPTIONS: Any = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"tell": 1}}
-TrainerActor = ray.remote(**_OPTIONS)(Trainer)
+TrainerActor = ray.remote(**_OPTIONS)(observed(Trainer, score=telemetry.scored))

@@ -58,6 +58,8 @@ class Training:
         self.open()
         with self.display:
             first = self.begin()
+            if self.chief:
+                self.display.follow(self.dir.path, self.recipe.epochs, self.dir.unit)
             self.tell_outliers()
             result = self.fit(first)
             if self.chief:
@@ -166,9 +168,12 @@ class Training:
 
     def commit(self, epoch: int, state: bytes, means: dict[str, Any]) -> None:
         """An epoch is over: log, keep its state, and only then call it done."""
-        self.dir.log({"epoch": epoch - 1, **means})
+        record = {"epoch": epoch - 1, **means}
+        self.dir.log(record)
         write_file(self.dir.round(epoch - 1) / STATE, state)
         self.dir.commit(epoch - 1)
+        self.display.committed(record)
+        self.display.begin_round(epoch)
         if self.writer:
             for name, value in means.items():
                 self.writer.add_scalar(f"train/{name}", value, epoch)

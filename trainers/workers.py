@@ -17,6 +17,7 @@ import ray
 from ray.util.queue import Empty, Queue
 
 from miner.errors import MinerError, UsageError
+from miner.files import Place
 from miner.progress import Display
 from miner.rays import connect
 from trainers.config import TrainConfig
@@ -84,8 +85,8 @@ def _supervise(config: TrainConfig, storage: str) -> None:
                 except Empty:
                     continue
                 getattr(display, method)(*args)
-        if error := run.exception():
-            raise _plain(error) from None
+            if error := run.exception():
+                raise _plain(error) from None
     finally:
         queue.shutdown(force=True)
 
@@ -156,6 +157,18 @@ class Relay(Display):
 
     def __exit__(self, *_: object) -> None:
         pass
+
+    def follow(self, run: Place, rounds: int, unit: str = "round") -> None:
+        """Begin the run's heartbeat."""
+        self.queue.put(("follow", run, rounds, unit))
+
+    def begin_round(self, round_: int) -> None:
+        """An epoch begins."""
+        self.queue.put(("begin_round", round_))
+
+    def committed(self, record: dict[str, Any]) -> None:
+        """An epoch is committed."""
+        self.queue.put(("committed", record))
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
         """Begin a phase of ``total`` units."""
