@@ -82,7 +82,7 @@ class PoolShards:
             start.exclude(np.isin(ImageSet("shard", (images,)).digests(), id_digests), "id-duplicate")
             self.excluded[shard] = start["excluded"]
             self.label[shard] = pc.fill_null(index["label"], NO_CLASS).to_numpy().astype(np.int32)
-            self.uid[shard] = ranking.uid_words(index["uid"].to_pylist())
+            self.uid[shard] = ranking.uid_words(index["uid"])
         return self.undecodable[shard]
 
     def reset(self, shard: int) -> None:

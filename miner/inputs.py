@@ -66,7 +66,7 @@ def open_pool(config: Config) -> Pool:
 
 def duplicates(pool: Pool) -> tuple[np.ndarray, list[np.ndarray]]:
     """uids as uint64 ``[N, 2]`` and, per shard, the rows whose bytes an earlier (shard, row) already has."""
-    uid_N2 = ranking.uid_words(pool.index(["uid"])["uid"].to_pylist())
+    uid_N2 = ranking.uid_words(pool.index(["uid"])["uid"])
     order = np.lexsort((uid_N2[:, 1], uid_N2[:, 0]))  # stable: equal uids stay in (shard, row) order
     again = np.zeros(len(uid_N2), bool)
     again[order[1:]] = (uid_N2[order[1:]] == uid_N2[order[:-1]]).all(axis=1)

@@ -85,7 +85,11 @@ class Game:
         smooth = self.config.game.smooth
         means = class_means(crew.each("class_sums")) if smooth else np.zeros(0)
         crew.each("close_sweep", round_, smooth, means)
-        record = {"scored": total, "score_images_per_s": round(todo / (time.monotonic() - started), 1)}
+        record = {
+            "scored": total,
+            "score_images_per_s": round(todo / (time.monotonic() - started), 1),
+            "blocks_lent": sweep.lent,
+        }
         if round_ == 0:
             record |= self.guard()
         return record

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from miner.errors import MinerError, UsageError
@@ -17,13 +18,35 @@ Floats = NDArray[np.float64]
 Words = NDArray[np.uint64]
 
 DRAWS = ("rank", "eq20", "topk", "random")
+_UIDS = 1 << 16  # uids read at once
 NO_RANK = np.iinfo(np.uint64).max  # excluded rows stand after all others, whatever gamma
 
 
-def uid_words(uids: list[str]) -> Words:
-    """32-hex-character uids as uint64 ``[N, 2]``, high word first."""
-    raw = np.frombuffer(bytes.fromhex("".join(uids)), dtype=">u8")
-    return raw.astype(np.uint64).reshape(-1, 2)
+def uid_words(uids: pa.Array | pa.ChunkedArray | Sequence[str]) -> Words:
+    """32-hex-character uids as uint64 ``[N, 2]``, high word first; a column of a table without a Python object a row.
+
+    Raises MinerError for a uid of another length or with other characters.
+    """
+    array = pa.array(uids, pa.string()) if not isinstance(uids, pa.Array | pa.ChunkedArray) else uids
+    word_N2, done = np.empty((len(array), 2), np.uint64), 0
+    for chunk in getattr(array, "chunks", [array]):
+        for start in range(0, len(chunk), _UIDS):
+            part = chunk.slice(start, _UIDS)
+            text = b"".join(part.cast(pa.binary()).to_pylist())
+            raw = np.frombuffer(_unhex(text, len(part)), dtype=">u8").reshape(-1, 2)
+            word_N2[done : done + len(raw)] = raw
+            done += len(raw)
+    return word_N2
+
+
+def _unhex(text: bytes, count: int) -> bytes:
+    try:
+        found = bytes.fromhex(text.decode("ascii"))
+    except ValueError:
+        found = b""
+    if len(found) != 16 * count:
+        raise MinerError("a uid that is not 32 hexadecimal digits; make the pool again")
+    return found
 
 
 def _mix(x_N: Words) -> Words:

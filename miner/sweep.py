@@ -61,7 +61,7 @@ class Sweep:
         self.taking: dict[Any, Block] = {}  # scores handed to their owner
         self.open: list[Block] = []  # asked for and not scored yet, oldest first
         self.usual = {"images": 0.0, "scores": 0.0}  # seconds that a block takes, a running mean
-        self.stolen = 0  # blocks that somebody else took over
+        self.lent = 0  # blocks that another than the owner served, or that two were asked for
 
     def run(self, blocks: Iterator[Block]) -> None:
         """Score them all; returns when every owner has what is its own. Raises LostError when a process is lost."""
@@ -85,6 +85,7 @@ class Sweep:
         free = [actor for actor in self.crew.pools if actor not in block.asked]
         actor = min(free, key=lambda a: (busy.count(a), a is not owner))
         block.asked.append(actor)
+        self.lent += actor is not owner
         block.since = time.monotonic()
         self.asked[actor.rows_of.remote(block.shard, block.rows)] = block, actor
 
@@ -113,12 +114,11 @@ class Sweep:
             waits = now - block.since
             if block.images is None:
                 if waits > self._late("images") and len(block.asked) < min(len(self.crew.pools), 2):
-                    self.stolen += 1
                     self._ask(block)
             elif block.given and waits > self._late("scores") and len(block.given) < 2:
                 trainer, load = self._freest()
                 if not load and trainer not in block.given:
-                    self.stolen += 1
+                    self.lent += 1
                     self._give(block, trainer)
 
     def _late(self, what: str) -> float:

@@ -97,7 +97,7 @@ class Pooling:
         }
         self.run_id = hashlib.blake2b(json.dumps(self.facts, sort_keys=True).encode(), digest_size=8).hexdigest()
         self.excluded = pc.coalesce(*(source.table["excluded_by"].cast(pa.string()) for source in self.sources))
-        uid_N2 = ranking.uid_words(first.table["uid"].to_pylist())
+        uid_N2 = ranking.uid_words(first.table["uid"])
         rows = ranking.Rows(_score(self.sources, how), uid_N2, pc.is_null(self.excluded).to_numpy(), None)
         self.rank_N = ranking.rank_rows(rows, "topk", 0)
         self.rows = rows._replace(weight=_weights(rows, self.rank_N, how))

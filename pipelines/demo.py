@@ -24,7 +24,7 @@ def random_subset(table: pa.Table, size: int, seed: int) -> np.ndarray:
 
     excluded = table["excluded_by"].cast(pa.string()).to_pylist()
     eligible = np.array([reason not in ("duplicate", "decode") for reason in excluded])
-    uid = ranking.uid_words(table["uid"].to_pylist())
+    uid = ranking.uid_words(table["uid"])
     rows = ranking.Rows(np.ones(len(table)), uid, eligible, None)
     return np.flatnonzero(ranking.rank_rows(rows, "random", seed) < np.uint64(size))
 

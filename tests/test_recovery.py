@@ -1,0 +1,376 @@
+"""Lost processes, interrupted drivers, damaged files: one result, byte for byte, or one line that says what to do."""
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from benchmarks.chaos import half_written, processes, result
+from miner import demo, loop, sweep
+from miner.build import write_arrays_pool
+from miner.cluster import Crew
+from miner.config import Config, Data, Game, Machines, Output, Selection
+from miner.errors import MinerError
+from miner.mine import Mined, mine
+from miner.progress import Display
+from miner.rays import LostError, connect
+from miner.run_dir import RunDir
+from miner.scores import Scores
+from trainers.actor import Trainer
+from trainers.checkpoint import save_checkpoint
+from trainers.config import PretrainConfig
+from trainers.data import IdSet
+
+SHARDS = 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, digits: IdSet) -> Iterator[Config]:
+    """Two short rounds on a pool of 1,200 images in four shards."""
+    folder = tmp_path_factory.mktemp("recovery")
+    images, labels = demo.pool_arrays()
+    (folder / "pool").mkdir()
+    write_arrays_pool(str(folder / "pool"), "some", images[:1200], labels[:1200], demo.FAMILIES, shard_count=SHARDS)
+    trainer = Trainer("small", digits, seed=0, game=Game())
+    trainer.pretrain(PretrainConfig(epochs=1, batch=64, lr=0.1))
+    save_checkpoint(folder / "net.safetensors", trainer.net, {"model": "small", "classes": list(digits.classes)})
+    connect(None)
+    yield Config(
+        data=Data(pool=str(folder / "pool"), checkpoint=str(folder / "net.safetensors"), seed=5),
+        game=Game(rounds=2, steps=3, batch=32, views=1),
+        selection=Selection(gamma=(0.1,), exclude_near_id=0.01),
+        machines=Machines(pool_actors=2),
+    )
+    ray.shutdown()
+
+
+def run(config: Config, out: Path, **machines: Any) -> Mined:
+    """Mine into ``out``."""
+    where = dataclasses.replace(config.machines, **machines)
+    return mine(dataclasses.replace(config, machines=where, output=Output(out=str(out))))
+
+
+@pytest.fixture(scope="module")
+def peace(base: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """SHA-256 of what an undisturbed run leaves."""
+    return result(run(base, tmp_path_factory.mktemp("peace") / "run").run)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks a shard: what they hold does not change a loss, as every forward pass is cut alike."""
+    monkeypatch.setattr(loop, "block_size", lambda size: 64)
+
+
+# --- one hash ---
+
+
+class Stop(Exception):
+    """The driver ends here."""
+
+
+@pytest.mark.parametrize(
+    ("actors", "shuffled", "resumed"), list(itertools.product((1, 2, 4), (False, True), (False, True)))
+)
+def test_actors_order_of_blocks_and_interruptions_change_no_byte(
+    base: Config,
+    peace: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    actors: int,
+    shuffled: bool,
+    resumed: bool,
+) -> None:
+    if shuffled:
+        cut = sweep.cut
+
+        def in_disorder(*args: Any) -> Iterator[sweep.Block]:
+            blocks = list(cut(*args))
+            random.Random(actors).shuffle(blocks)
+            return iter(blocks)
+
+        monkeypatch.setattr(loop, "cut", in_disorder)
+    if resumed:
+        whole, taken = Crew.kept, itertools.count()
+
+        def stop(self: Crew) -> None:
+            whole(self)
+            if next(taken) == SHARDS + 2:  # all shards are decoded, two are scored
+                raise Stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Crew, "kept", stop)
+            with pytest.raises(Stop):
+                run(base, tmp_path / "run", pool_actors=actors % 4 + 1)
+        assert len(list((tmp_path / "run").glob("scores/*.arrow"))) >= 1
+        assert not list((tmp_path / "run").glob("rounds/*/COMMITTED"))
+    mined = run(base, tmp_path / "run", pool_actors=actors)
+    assert mined.summary["pool_actors"] == actors
+    assert result(mined.run) == peace  # type: ignore[arg-type]
+    assert half_written(mined.run) == []  # type: ignore[arg-type]
+
+
+def test_scores_that_were_kept_are_not_learned_again(
+    base: Config, peace: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged one is; so are those of another classifier."""
+
+    def stop(*args: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Game, "update", stop)
+        with pytest.raises(Stop):
+            run(base, tmp_path / "run")
+    kept = sorted((tmp_path / "run" / "scores").iterdir())
+    assert len(kept) == SHARDS
+    data = bytearray(kept[1].read_bytes())
+    data[len(data) // 2] ^= 1
+    kept[1].write_bytes(data)
+    kept[2].write_bytes(kept[2].read_bytes().replace(b"theta ", b"theta X"[:6] + b""[:0]))
+    os.truncate(kept[3], 100)
+    scored: list[int] = []
+    taken = sweep.Sweep._taken
+    monkeypatch.setattr(sweep.Sweep, "_taken", lambda s, b, ref: (scored.append(b.shard), taken(s, b, ref))[1])
+    mined = run(base, tmp_path / "run")
+    assert sorted(scored[:2]) == [1, 3]
+    assert sorted(scored[2:]) == [0, 1, 2, 3]
+    assert result(mined.run) == peace  # type: ignore[arg-type]
+
+
+def test_kept_scores_belong_to_one_sweep(tmp_path: Path) -> None:
+    eligible = np.array([True, False, True])
+    scores = Scores.fresh(eligible)
+    scores.take(np.array([0, 2]), {"loss": np.array([1.0, 2.0], np.float32)})
+    scores.write(tmp_path / "s.arrow", "round 0 theta aa")
+    found = Scores.read(tmp_path / "s.arrow", "round 0 theta aa", eligible)
+    assert found is not None
+    np.testing.assert_array_equal(found["loss"], [1.0, np.nan, 2.0])
+    assert Scores.read(tmp_path / "s.arrow", "round 1 theta aa", eligible) is None
+    assert Scores.read(tmp_path / "s.arrow", "round 0 theta aa", np.ones(3, bool)) is None  # one row is not scored
+    assert Scores.read(tmp_path / "s.arrow", "round 0 theta aa", np.ones(4, bool)) is None
+    assert Scores.read(tmp_path / "none.arrow", "round 0 theta aa", eligible) is None
+
+
+# --- processes that are lost, hang, or are slow ---
+
+
+def pids(title: bytes) -> list[int]:
+    """Worker processes of this test's Ray."""
+    return sorted(pid for pid, line in processes(os.getpid()).items() if line.startswith(title))
+
+
+def when(display_phase: str, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Do something once, when a phase begins; the list then holds the phase."""
+    done: list[str] = []
+    phase = Display.phase
+
+    def watched(self: Display, name: str, total: int, first: int = 0) -> None:
+        phase(self, name, total, first)
+        if name.endswith(display_phase) and not done:
+            done.append(name)
+            action()
+
+    monkeypatch.setattr(Display, "phase", watched)
+    return done
+
+
+@pytest.mark.parametrize("title", [b"ray::PoolShards", b"ray::Trainer"])
+@pytest.mark.parametrize("phase", ["decode", "strata", "2/2 score", "2/2 update", "1/2 train", "1/2 commit", "rank"])
+def test_a_killed_actor_is_replaced(
+    base: Config, peace: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, title: bytes, phase: str
+) -> None:
+    done = when(phase, lambda: os.kill(pids(title)[-1], signal.SIGKILL), monkeypatch)
+    mined = run(base, tmp_path / "run")
+    assert len(done) == 1
+    assert result(mined.run) == peace  # type: ignore[arg-type]
+    if (title, phase) == (b"ray::Trainer", "rank"):  # nobody needs it any more, or it is noticed at the very end
+        return
+    (death,) = mined.summary["deaths"]
+    assert death["who"] == ("pool-1" if b"Pool" in title else "trainer-0") or "pool-0" in death["who"]
+    assert 0 < death["seconds_lost"] < 60
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["death_count"] == 1
+    assert status["deaths"][0]["who"] == death["who"]
+
+
+def test_an_actor_that_hangs_is_replaced(
+    base: Config, peace: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miner.cluster.PATIENCE", 4.0)
+    when("1/2 score", lambda: os.kill(pids(b"ray::PoolShards")[0], signal.SIGSTOP), monkeypatch)
+    mined = run(base, tmp_path / "run")
+    assert result(mined.run) == peace  # type: ignore[arg-type]
+    assert len(mined.summary["deaths"]) == 1
+    assert "no answer" in mined.summary["deaths"][0]["why"]
+
+
+def test_losses_without_end_are_an_error(base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miner.cluster.MOST_LOSSES", 2)
+    phase = Display.phase
+
+    def deadly(self: Display, name: str, total: int, first: int = 0) -> None:
+        phase(self, name, total, first)
+        if name.endswith("update"):
+            os.kill(pids(b"ray::PoolShards")[0], signal.SIGKILL)
+
+    monkeypatch.setattr(Display, "phase", deadly)
+    with pytest.raises(MinerError, match="2 times in a row without progress") as failure:
+        run(base, tmp_path / "run")
+    assert not isinstance(failure.value, LostError)
+
+
+class Slow:
+    """A process that runs for a twentieth of the time only: stopped and let go ten times a second, from outside."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.over = pid, threading.Event()
+        self.thread = threading.Thread(target=self._hold)
+        self.thread.start()
+
+    def _hold(self) -> None:
+        while not self.over.is_set():
+            os.kill(self.pid, signal.SIGSTOP)
+            self.over.wait(0.095)
+            os.kill(self.pid, signal.SIGCONT)
+            self.over.wait(0.005)
+
+    def end(self) -> None:
+        """Full speed again."""
+        self.over.set()
+        self.thread.join()
+
+
+def test_a_slow_actor_does_not_hold_the_round(
+    base: Config, peace: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_blocks: None
+) -> None:
+    slow: list[Slow] = []
+    when("1/2 score", lambda: slow.append(Slow(pids(b"ray::PoolShards")[0])), monkeypatch)
+    started = time.monotonic()
+    try:
+        mined = run(base, tmp_path / "run")
+    finally:
+        slow[0].end()
+    assert time.monotonic() - started < 120
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["blocks_lent"] > 0
+    assert mined.summary["deaths"] == []
+    assert result(mined.run) == peace  # type: ignore[arg-type]
+
+
+# --- what lies in the run directory is damaged ---
+
+
+@pytest.fixture(scope="module")
+def finished(base: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(base, tmp_path_factory.mktemp("finished") / "run").run  # type: ignore[return-value]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda r: flip(r / "rounds/000001/shard-000002.arrow"), "shard-000002.arrow: changed since it was committed"),
+        (lambda r: os.truncate(r / "rounds/000001/COMMITTED", 40), "COMMITTED: cut off or damaged"),
+        (lambda r: (r / "rounds/000001/trainer.safetensors").unlink(), "trainer.safetensors: changed since"),
+    ],
+)
+def test_a_damaged_commit_is_gone_back_behind(
+    base: Config,
+    peace: dict[str, str],
+    finished: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    said: str,
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    damage(tmp_path / "run")
+    mined = run(base, tmp_path / "run")
+    told = capfd.readouterr().err
+    assert said in told
+    assert "going back behind round 2" in told
+    assert "after 1 committed rounds" in told
+    assert result(mined.run) == peace  # type: ignore[arg-type]
+    assert [record["round"] for record in RunDir(tmp_path / "run").metrics()] == [0, 1]
+
+
+def test_all_commits_damaged_is_a_new_beginning(
+    base: Config, peace: dict[str, str], finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    for folder in (tmp_path / "run" / "rounds").iterdir():
+        flip(folder / "shard-000000.arrow")
+    assert result(run(base, tmp_path / "run").run) == peace  # type: ignore[arg-type]
+
+
+def test_a_whole_subset_is_left_alone_and_a_damaged_one_is_written_again(
+    base: Config, peace: dict[str, str], finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    tar = tmp_path / "run" / "subset-0.1" / "outliers-000000.tar"
+    before = tar.stat().st_mtime_ns
+    run(base, tmp_path / "run")
+    assert tar.stat().st_mtime_ns == before
+    flip(tar)
+    run(base, tmp_path / "run")
+    assert tar.stat().st_mtime_ns > before
+    assert result(tmp_path / "run") == peace
+
+
+def test_a_shard_that_is_gone_is_named(base: Config, tmp_path: Path) -> None:
+    shutil.copytree(base.data.pool, tmp_path / "pool")
+    gone = sorted((tmp_path / "pool").glob("*.tar"))[2]
+    gone.unlink()
+    with pytest.raises(MinerError, match=gone.name):
+        run(dataclasses.replace(base, data=dataclasses.replace(base.data, pool=str(tmp_path / "pool"))), tmp_path / "r")
+
+
+def test_one_run_directory_has_one_driver(base: Config, tmp_path: Path) -> None:
+    with RunDir(tmp_path / "run").locked(), pytest.raises(MinerError, match="another process is at work here"):
+        run(base, tmp_path / "run")
+
+
+def test_a_read_only_disk_is_one_line(base: Config, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,ro", "outlier-miner-test", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    words = ["-m", "pipelines.resample", "--pool", base.data.pool, "--out", str(disk / "run"), "--gamma", "0.1"]
+    try:
+        done = subprocess.run([shutil.which("python") or "python3", *words], capture_output=True, text=True)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"error: {disk / 'run'}: Read-only file system"
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    base: Config, peace: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, rng = time.time, random.Random(1)
+    monkeypatch.setattr(time, "time", lambda: now() + rng.choice((-86_400.0, 0.0, 86_400.0)))
+    mined = run(base, tmp_path / "run")
+    assert result(mined.run) == peace  # type: ignore[arg-type]
+    assert all(seconds >= 0 for seconds in mined.summary["seconds"].values())
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["seconds"] >= 0 for record in records)
