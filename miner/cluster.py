@@ -7,6 +7,7 @@ more, and all that it can write are the bytes that its successor writes too.
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from miner.config import Config
 from miner.errors import MinerError, UsageError
+from miner.logs import log
 from miner.progress import Display
 from miner.rays import GONE, LostError, get
 from trainers.data import IdSet
@@ -23,6 +25,16 @@ PATIENCE = 60.0  # seconds without an answer to "are you there?" after which a p
 PLACING = 60.0  # seconds that a new trainer may wait for a slot while others can do its work
 TELL = 10.0  # seconds between two lines that say what is being waited for
 MOST_LOSSES = 10  # in a row, without anything new that is kept
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Who was lost, in which phase, and since when (monotonic seconds) nothing had been kept."""
+
+    error: LostError
+    names: list[str]
+    phase: str
+    since: float
 
 
 class Crew:
@@ -101,20 +113,22 @@ class Crew:
         """Something new lies in the run directory: a loss costs no more than what comes after it."""
         self.kept_at, self.losses = time.monotonic(), 0
 
-    def mend(self, loss: LostError) -> list[str]:
-        """Replace whoever is lost; returns their names. Raises ``loss`` when it happens again and again.
+    def mend(self, error: LostError) -> Loss:
+        """Replace whoever is lost. Raises MinerError when it happens again and again.
 
         The caller then brings everybody back to what was kept.
         """
+        phase, since = self.display.name, self.kept_at
         self.losses += 1
         if self.losses > MOST_LOSSES:
-            raise MinerError(f"{loss} ({MOST_LOSSES} times in a row without progress: out of memory?)") from None
+            raise MinerError(f"{error} ({MOST_LOSSES} times in a row without progress: out of memory?)") from None
         self.pings.clear()
         questions = {actor: actor.ping.remote() for actor in [*self.pools, *self.trainers]}
         ray.wait(list(questions.values()), num_returns=len(questions), timeout=PATIENCE)
-        lost = [actor for actor, question in questions.items() if not _answered(question)]
+        lost = {actor: why for actor, question in questions.items() if (why := _trouble(question))}
         names = [self.names[actor] for actor in lost]
-        for actor in lost:
+        for actor, why in lost.items():
+            log.warning("%s is lost: %s", self.names[actor], why)
             ray.kill(actor)
             number = int(self.names.pop(actor).partition("-")[2])
             if actor in self.pools:
@@ -122,13 +136,13 @@ class Crew:
             else:
                 self.trainers[self.trainers.index(actor)] = self._trainer(number)
         self._assemble()
-        return names
+        return Loss(error, names, phase, since)
 
-    def record(self, names: list[str], loss: LostError, phase: str) -> None:
+    def record(self, loss: Loss) -> None:
         """Note a loss that has been made good, and say what it cost: the time since something was last kept."""
-        seconds = time.monotonic() - self.kept_at
-        why = str(loss).partition(" (")[2].partition(");")[0].partition("; ")[0]
-        who = " and ".join(names) or "a process"
+        seconds, phase = time.monotonic() - loss.since, loss.phase
+        why = str(loss.error).partition(" (")[2].partition(");")[0][:120]
+        who = " and ".join(loss.names) or "a process"
         self.deaths.append({"who": who, "phase": phase, "why": why, "seconds_lost": round(seconds, 1)})
         self.display.death(who, f"{why}, in {phase}", seconds)
 
@@ -140,7 +154,8 @@ class Crew:
         while waiting := ray.wait(waiting, num_returns=len(waiting), timeout=POLL)[1]:
             late = [questions[ref] for ref in waiting]
             now = time.monotonic()
-            if now - started > PLACING and not self.config.machines.autoscale:
+            full = len(self.trainers) > _count("GPU" if self.kind.get("num_gpus") else "CPU")
+            if (full or now - started > PLACING) and not self.config.machines.autoscale:
                 for actor in [actor for actor in late if actor in self.trainers and len(self.trainers) > 1]:
                     self.trainers.remove(actor)
                     ray.kill(actor)
@@ -149,7 +164,7 @@ class Crew:
             if now - spoke > TELL:
                 spoke = now
                 missing = ", ".join(sorted(self.names[actor] for actor in late if actor in self.names))
-                self.display.say(f"waiting for machines: no place yet for {missing} ({now - started:.0f} s)")
+                self.display.say(f"waiting for {missing} to start, or for a free slot ({now - started:.0f} s)")
 
     def dismiss(self) -> None:
         """End all actors, so that their CPUs and GPUs are free for whatever comes next."""
@@ -188,11 +203,13 @@ class Crew:
         return actor
 
 
-def _answered(question: Any) -> bool:
+def _trouble(question: Any) -> str:
+    """Why a question was not answered; "" when it was."""
     try:
-        return bool(ray.get(question, timeout=0))
-    except (*GONE, ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError):
-        return False
+        ray.get(question, timeout=0)
+    except (*GONE, ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _nodes() -> list[str]:

@@ -13,7 +13,7 @@ import ray
 from miner import memory
 from miner.board import Board
 from miner.cache import is_shared
-from miner.cluster import Crew
+from miner.cluster import Crew, Loss
 from miner.config import Config
 from miner.files import Place
 from miner.frozen import look_ups
@@ -95,20 +95,18 @@ class Mining:
 
     def mined(self, outcome: Outcome) -> pa.Table:
         """The weights table. When a process is lost, it is replaced and all go on from what was kept."""
-        lost: tuple[list[str], LostError, str] | None = None
+        losses: list[Loss] = []
         while True:
             try:
                 self.timed("classifier", self.classifier)
                 self.timed("decode", self.prepare)
                 game, first = self.timed("restore", self.restored)
-                if lost:
-                    self.crew.record(*lost)
-                    lost = None
+                while losses:
+                    self.crew.record(losses.pop(0))
                 self.timed("game", self.play, game, first)
                 return self.timed("rank", outcome.rank, self.crew)
-            except LostError as loss:
-                phase = self.display.name
-                lost = self.crew.mend(loss), loss, phase
+            except LostError as error:
+                losses.append(self.crew.mend(error))
 
     def restored(self) -> tuple[Game, int]:
         """A game whose actors are all in the state of the last commit, and the round to play next."""

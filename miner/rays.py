@@ -33,6 +33,8 @@ def connect(address: str | None, num_cpus: int | None = None) -> int:
         return max(1, int(ray.cluster_resources().get("CPU", 1)))
     # Else Ray warns at every start that it will stop hiding the accelerators of actors that ask for none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # What a lost process was asked for is an error that nobody reads: it is asked of another one.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     own = address in (None, "local")
     options: dict[str, Any] = {"num_cpus": num_cpus, "include_dashboard": False} if own else {}
     # Waiting threads must not spin: torch and faiss bring a thread pool each, and few cores serve both.
