@@ -21,18 +21,16 @@ _STATUS = {
     "RssFile": "file_bytes",
     "RssShmem": "shmem_bytes",
 }
-# What the processes of a private Ray are called in a table, by what stands in their command line.
+# What the processes of a private Ray are called in a table, by what stands in their command line. Those of its workers
+# and agents begin with "ray::" and their name.
 _RAY = {
     "gcs_server": "gcs_server",
     "raylet/raylet": "raylet",
-    "dashboard/agent.py": "dashboard agent",
     "dashboard/dashboard.py": "dashboard",
-    "runtime_env/agent/main.py": "runtime env agent",
     "log_monitor.py": "log monitor",
     "monitor.py": "autoscaler",
     "ray_process_reaper.py": "reaper",
-    "default_worker.py": "idle worker",
-    "ray::": "idle worker",
+    "ray/": "other",
 }
 
 
@@ -93,7 +91,8 @@ def ray_processes(known: Sequence[int]) -> list[dict[str, Any]]:
             queue.append(pid)
             with contextlib.suppress(OSError):
                 command = (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                name = next((name for part, name in _RAY.items() if part in command), None)
+                title = command.partition("ray::")[2].split() if command.startswith("ray::") else []
+                name = title[0] if title else next((name for part, name in _RAY.items() if part in command), None)
                 if name and pid not in known:
                     found.append(entry(f"ray: {name}", pid))
     return sorted(found, key=lambda row: (row["who"], row["pid"]))

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import threading
 from typing import Any
 
 import ray
@@ -51,7 +52,8 @@ def connect(address: str | None, num_cpus: int | None = None) -> int:
         if "timed out" not in str(error):
             raise
         raise MinerError("Ray did not start in time: the machine is too busy; run the same command again") from None
-    if callable(on_sigterm):  # Ray's own handler takes its place: a SystemExit, which becomes an error inside ray.get
+    # Ray puts its own handler in its place: a SystemExit, which becomes an error inside ray.get.
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 

@@ -77,7 +77,8 @@ def test_a_display_tells_phase_rate_and_time_left(run: Path) -> None:
         display.phase("round 2/5 score", 120, done=20)
         display.started -= 4.0
         display.advance(40)
-        found = until(lambda: (s := json.loads((run / "status.json").read_text()))["done"] == 60 and s, 5)
+        until((run / "status.json").exists)
+        found = until(lambda: (s := json.loads((run / "status.json").read_text()))["done"] == 60 and s)
         assert found["rate"] == pytest.approx(10, rel=0.3)  # the 20 done before are not this phase's work
         assert found["seconds_left"] == pytest.approx(60 / found["rate"], abs=0.1)
         assert (found["state"], found["phase"], found["round"]) == ("running", "round 2/5 score", 1)
@@ -332,7 +333,7 @@ def mining(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     net = models.create("small", len(demo.CLASSES), 0)
     save_checkpoint(home / "net.safetensors", net, {"model": "small", "classes": list(demo.CLASSES)})
     flags = {"pool": home / "pool", "checkpoint": home / "net.safetensors", "out": home / "run", "pool-actors": 1}
-    flags |= {"rounds": 8, "steps": 2, "batch": 16, "strata": 4, "views": 1, "exclude-near-id": 0, "gamma": 0.1}
+    flags |= {"rounds": 16, "steps": 2, "batch": 16, "strata": 4, "views": 1, "exclude-near-id": 0, "gamma": 0.1}
     words = [sys.executable, "-m", "pipelines.resample", *(f"--{name}={value}" for name, value in flags.items())]
     return words, home / "run"
 
@@ -361,7 +362,7 @@ def test_a_run_is_watched_terminated_and_finished(mining: tuple[list[str], Path]
         during = command("status", run)
         assert during.returncode == 3, during.stdout
         assert ": running" in during.stdout
-        assert "of 8" in during.stdout
+        assert "of 16" in during.stdout
         assert (run / telemetry.DISCOVERY).exists()
         assert len(session(process.pid)) > 3
         process.send_signal(signal.SIGTERM)
@@ -379,7 +380,7 @@ def test_a_run_is_watched_terminated_and_finished(mining: tuple[list[str], Path]
     assert "interrupted in round " in after.stdout.splitlines()[0]
     assert not (run / telemetry.DISCOVERY).exists()
     committed = status.look(run)["committed"]
-    assert 0 < committed < 8
+    assert 0 < committed < 16
 
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -400,7 +401,7 @@ def check_logs(run: Path) -> None:
         kinds[name] += lines
     assert all(kinds.values())
     rounds = sorted(line["round"] for line in kinds["driver"] if line["message"] == "round committed")
-    assert rounds == list(range(8))  # none was played twice
+    assert rounds == list(range(16))  # none was played twice
     assert {line["message"] for line in kinds["driver"]} >= {"interrupted", "finished"}
 
 
