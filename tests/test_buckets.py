@@ -38,11 +38,14 @@ from miner.mine import Mined, mine
 from miner.pool import Pool
 from miner.run_dir import RunDir, write_file, write_json
 from miner.sources import Recipe
+from miner.universal import pool_runs
 from pipelines import agree
 from pipelines.report import write_report
 from trainers import models
 from trainers.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
+from trainers.config import TrainConfig
 from trainers.data import load_id
+from trainers.sets import open_outliers
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKET = "s3://mining"
@@ -214,10 +217,24 @@ def config(home: str, out: Place, **machines: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def runs(pools: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Mined]]:
-    """The same job on the disk and in the bucket, there with two pool actors that write side by side."""
-    local = mine(config(pools["disk"], tmp_path_factory.mktemp("run") / "run", pool_actors=1))
-    remote = mine(config(pools["bucket"], place(f"{BUCKET}/run"), pool_actors=2))
-    yield {"disk": local, "bucket": remote}
+    """The same job on the disk, and in the bucket: there SIGKILLed with two pool actors, and gone on with one."""
+    home = tmp_path_factory.mktemp("run")
+    local = mine(config(pools["disk"], home / "run", pool_actors=1))
+    there = place(f"{BUCKET}/run")
+    settings = config(pools["bucket"], there, pool_actors=1)
+    flags = {"pool": settings.data.pool, "checkpoint": settings.data.checkpoint, "out": there, "seed": 3}
+    flags |= {"rounds": 3, "steps": 2, "batch": 32, "views": 1, "exclude-near-id": 0.01, "strata": 4, "pool-actors": 2}
+    words = [sys.executable, "-m", "pipelines.resample", *(f"--{name}={value}" for name, value in flags.items())]
+    mark = there / "rounds" / "000000" / "COMMITTED"
+
+    def first_round_is_done() -> bool:
+        time.sleep(0.1)  # the store has other things to do
+        return mark.exists()
+
+    start_and_kill([*words, "--gamma", "0.1", "0.02"], ROOT, home / "log", first_round_is_done, 300)
+    assert len(RunDir(there).committed()) in (1, 2)
+    assert not (there / "weights").exists()
+    yield {"disk": local, "bucket": mine(settings)}
     ray.shutdown()
 
 
@@ -229,7 +246,9 @@ def test_a_pool_in_a_bucket_has_the_bytes_of_one_on_the_disk(pools: dict[str, st
         assert place(f"{remote.path}/{name}").read_bytes() == Path(local.path, name).read_bytes()
 
 
-def test_a_run_in_a_bucket_gives_the_bytes_of_one_on_the_disk(runs: dict[str, Mined]) -> None:
+def test_a_killed_run_in_a_bucket_gives_the_bytes_of_one_on_the_disk(
+    runs: dict[str, Mined], pools: dict[str, str]
+) -> None:
     local, remote = runs["disk"], runs["bucket"]
     assert str(remote.run) == f"{BUCKET}/run"
     assert contents(remote.run) == contents(local.run)
@@ -242,12 +261,16 @@ def test_a_run_in_a_bucket_gives_the_bytes_of_one_on_the_disk(runs: dict[str, Mi
     for name in ("config.json", "metrics.jsonl", "summary.json", "classifier.safetensors", "rounds/000002/COMMITTED"):
         assert name in everything(BucketPath(f"{BUCKET}/run"))
     assert not [name for name in everything(BucketPath(f"{BUCKET}/run")) if ".tmp" in name or "000000/" in name]
+    other = config(pools["bucket"], remote.run)
+    with pytest.raises(MinerError, match=r"s3://mining/run: holds a run with other settings \(game.steps: 2 there"):
+        mine(dataclasses.replace(other, game=dataclasses.replace(other.game, steps=3)))
 
 
 def test_tensorboard_s_events_come_along(runs: dict[str, Mined]) -> None:
-    (events,) = (runs["bucket"].run / "tensorboard").iterdir()
-    assert events.name.startswith("events.out.tfevents.")
-    assert events.read_bytes().count(b"effective_sample_size") == 3
+    events = list((runs["bucket"].run / "tensorboard").iterdir())
+    assert len(events) == 2  # before the kill and after
+    assert all(path.name.startswith("events.out.tfevents.") for path in events)
+    assert sum(path.read_bytes().count(b"effective_sample_size") for path in events) >= 2  # the kill may have cost one
 
 
 def test_subsets_are_read_from_the_bucket(runs: dict[str, Mined]) -> None:
@@ -257,6 +280,9 @@ def test_subsets_are_read_from_the_bucket(runs: dict[str, Mined]) -> None:
     assert len(large) == 45
     assert set(load_subset(f"{BUCKET}/run/subset-0.02").uids) < set(large.uids)
     assert (large[3][0] == local[3][0]).all()
+    outliers = open_outliers(f"{BUCKET}/run/subset-0.02", 32, seed=0)
+    assert len(outliers) == 9
+    assert outliers.origin["fingerprint"] == load_subset(runs["disk"].subsets[1]).recipe["fingerprint"]
     # In forked processes, after this one has used its client
     loader = DataLoader(large, batch_size=9, num_workers=2)
     assert sum(len(images) for images, _ in loader) == 45
@@ -272,28 +298,14 @@ def test_other_commands_read_the_bucket(
     monkeypatch.setattr(sys, "argv", ["agree", f"{BUCKET}/run", str(runs["disk"].run)])
     agree.main()
     assert "Spearman 1.000, IoU of the heaviest 10% 1.000" in capsys.readouterr().out
+    summary = pool_runs((f"{BUCKET}/run", str(runs["disk"].run)), "mean-rank", (0.02,), place(f"{BUCKET}/pooled"))
+    assert (
+        load_subset(f"{BUCKET}/pooled/subset-0.02").recipe["count"] == summary["subsets"]["subset-0.02"]["count"] == 9
+    )
     for where in (f"{BUCKET}/run", f"{BUCKET}/run/classifier.safetensors", f"{BUCKET}/net.safetensors"):
         assert open_checkpoint(where)[1]["model"] == "small"
     with pytest.raises(MinerError, match=r"s3://mining/none: no checkpoint.safetensors or classifier.safetensors"):
         load_checkpoint(f"{BUCKET}/none")
-
-
-def test_a_killed_run_goes_on_from_the_bucket(runs: dict[str, Mined], pools: dict[str, str], tmp_path: Path) -> None:
-    there = place(f"{BUCKET}/killed")
-    settings = config(pools["bucket"], there, pool_actors=1)
-    flags = {"pool": settings.data.pool, "checkpoint": settings.data.checkpoint, "out": there, "seed": 3}
-    flags |= {"rounds": 3, "steps": 2, "batch": 32, "views": 1, "exclude-near-id": 0.01, "strata": 4, "pool-actors": 1}
-    words = [sys.executable, "-m", "pipelines.resample", *(f"--{name}={value}" for name, value in flags.items())]
-    mark = there / "rounds" / "000000" / "COMMITTED"
-    start_and_kill([*words, "--gamma", "0.1", "0.02"], ROOT, tmp_path / "log", mark.exists, 300)
-    assert not (there / "weights").exists()
-    before = len(RunDir(there).committed())
-    assert before in (1, 2)
-    again = mine(settings)
-    assert contents(again.run) == contents(runs["disk"].run)
-    assert [record["round"] for record in RunDir(there).metrics()] == [0, 1, 2]
-    with pytest.raises(MinerError, match=r"s3://mining/killed: holds a run with other settings \(game.steps: 2 there"):
-        mine(dataclasses.replace(settings, game=dataclasses.replace(settings.game, steps=3)))
 
 
 # --- uploads ---
@@ -537,6 +549,11 @@ def test_places_that_cannot_hold_a_run_are_refused(out: str, words: str) -> None
         check(settings)
     assert words in str(error.value)
     assert out in str(error.value)
+
+
+def test_training_does_not_make_a_folder_of_a_url_s_name() -> None:
+    with pytest.raises(UsageError, match="training writes to a local folder"):
+        TrainConfig(out=Path("s3://bucket/run"))
 
 
 def test_google_s_scheme_is_taken() -> None:
