@@ -48,7 +48,8 @@ def open_images(spec: str, size: int, seed: int = 0) -> list[ImageSet]:
     it has some) or one .tar or .tar.gz; a .npy file uint8 [N, H, W, 3]; a folder of images; a torchvision name (its
     test split; Places365: the validation split); "lsun" (a folder in $OUTLIER_DATASETS); noise drawn from ``seed``:
     gaussian, uniform, rademacher, blob; "demo"; "demo-pool". Images that do not decode stay out and are
-    counted on stderr. Raises MinerError for what is empty, damaged or of another type, UsageError for an unknown ``spec``.
+    counted on stderr. Raises MinerError for what is empty, damaged or of another type, UsageError for an unknown
+    ``spec``.
     """
     if spec in NOISE:
         images, origin = draw_noise(spec, size, seed), {"kind": "noise", "seed": seed, "count": COUNT}
