@@ -4,7 +4,6 @@ A finished shard leaves `shards/000007.parquet` and, last, `shards/000007.json`;
 command skips it. Nothing written depends on the clock or on the number of workers: same pool, same bytes.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -15,36 +14,55 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from miner.errors import MinerError
-from miner.files import atomic, sha256
+from miner.buckets import check_writable, is_url
+from miner.errors import MinerError, UsageError
+from miner.files import atomic, file_size, open_binary, place, read_whole, sha256
 from miner.images import png
 from miner.pool import FORMAT, INDEX_SCHEMA, VERSION, Pool, fingerprint_of
-from miner.shards import index_table, shard_job, tar_entry, write_image
+from miner.shards import index_table, made_entry, shard_job, write_image
 from miner.sources import Job, Plan, Recipe, plan
 from miner.tars import TarWriter
 
 
 def prepare(recipe: Recipe, folder: str) -> Plan:
-    """Plan the jobs and make the pool's folder ready. Raises MinerError if it holds something else."""
+    """Plan the jobs and make the pool's folder, or URL, ready. Raises MinerError if it holds something else.
+
+    UsageError for a URL that cannot be written to, and for sources that a pool there cannot hold.
+    """
+    if is_url(folder):
+        check_writable(folder)
+        if recipe.source != "folder":
+            raise UsageError(
+                f"{folder}: --source {recipe.source} adopts files where they lie, and nobody would find them from a "
+                "URL; only --source folder writes there"
+            )
     planned = plan(recipe)
-    folder = os.path.abspath(folder)
+    folder = folder if is_url(folder) else os.path.abspath(folder)
     note = os.path.join(folder, "shards", "arguments.json")
     arguments = json.dumps(_arguments(recipe), indent=1).encode()
-    if not os.path.exists(note):
+    try:
+        begun = read_whole(note)
+    except FileNotFoundError:
+        begun = b""
+    if not begun:
         beside = all(job.path.endswith(".tar") and os.path.dirname(job.path) == folder for job in planned.jobs)
-        if os.path.isdir(folder) and set(os.listdir(folder)) - {"shards"} and not beside:
+        if _holds(folder) - {"shards"} and not beside:
             raise MinerError(f"{folder}: not empty and no pool of this command; give another --out")
-        os.makedirs(os.path.dirname(note), exist_ok=True)
+        place(note).parent.mkdir(parents=True, exist_ok=True)
         with atomic(note) as file:
             file.write(arguments)
-    with open(note, "rb") as file:
-        if file.read() != arguments:
-            raise MinerError(f"{folder}: begun with other arguments; remove it or give another --out")
-    for where in (folder, os.path.dirname(note)):
+    elif begun != arguments:
+        raise MinerError(f"{folder}: begun with other arguments; remove it or give another --out")
+    for where in () if is_url(folder) else (folder, os.path.dirname(note)):
         for name in os.listdir(where):
             if name.startswith(".") and name.endswith(".tmp"):
                 os.unlink(os.path.join(where, name))
     return planned
+
+
+def _holds(folder: str) -> set[str]:
+    where = place(folder)
+    return {path.name for path in where.iterdir()} if where.exists() else set()
 
 
 def _arguments(recipe: Recipe) -> dict[str, Any]:
@@ -73,15 +91,14 @@ def run_job(folder: str, job: Job) -> int:
 
 def _complete(folder: str, stem: str, job: Job) -> int | None:
     try:
-        with open(f"{stem}.json", "rb") as file:
-            note = json.load(file)
+        note = json.loads(read_whole(f"{stem}.json"))
         entry = note["shard"]
-        size = os.path.getsize(os.path.join(folder, entry["path"]))
+        size = file_size(os.path.join(folder, entry["path"]))
     except FileNotFoundError:
         return None
     if note["stamp"] != job.stamp:
         raise MinerError(f"{job.path}: changed since {folder} was begun; remove it or give another --out")
-    return int(entry["count"]) if size == entry["file_bytes"] and os.path.exists(f"{stem}.parquet") else None
+    return int(entry["count"]) if size == entry["file_bytes"] and place(f"{stem}.parquet").exists() else None
 
 
 def finish(recipe: Recipe, folder: str, name: str, planned: Plan, licence: str = "") -> Pool:
@@ -90,13 +107,15 @@ def finish(recipe: Recipe, folder: str, name: str, planned: Plan, licence: str =
     Raises MinerError when two shards share a key or a label has no class.
     """
     stems = [os.path.join(folder, "shards", f"{job.number:06d}") for job in planned.jobs]
-    tables = (pq.read_table(f"{stem}.parquet", schema=INDEX_SCHEMA) for stem in stems)
-    entries = []
-    for stem in stems:
-        with open(f"{stem}.json", "rb") as file:
-            entries.append(json.load(file)["shard"])
+    tables = (_rows(f"{stem}.parquet") for stem in stems)
+    entries = [json.loads(read_whole(f"{stem}.json"))["shard"] for stem in stems]
     source = {"kind": recipe.source, "arguments": _arguments(recipe), "skipped": planned.skipped}
     return _write_manifest(folder, name, planned, entries, tables, source, licence)
+
+
+def _rows(path: str) -> pa.Table:
+    with open_binary(path) as file:
+        return pq.read_table(file, schema=INDEX_SCHEMA)
 
 
 def _write_manifest(
@@ -158,9 +177,9 @@ def write_arrays_pool(
     shard_count: int = 4,
 ) -> Pool:
     """A pool of ``shard_count`` PNG tars from uint8 [n, H, W, 3] and int labels [n]; its bytes repeat."""
-    os.makedirs(directory, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(directory, "pool.json"))
+    folder = place(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pool.json").unlink(missing_ok=True)
     entries, tables = [], []
     for shard, rows in enumerate(np.array_split(np.arange(len(images)), min(shard_count, len(images)))):
         path, made = f"{shard:06d}.tar", []
@@ -168,7 +187,7 @@ def write_arrays_pool(
             for row in rows.tolist():
                 label = None if labels is None else int(labels[row])
                 made.append(write_image(tar, f"{row:09d}", "png", png(images[row]), label, None))
-        entries.append(tar_entry(directory, path, path, len(made)))
+        entries.append(made_entry(path, tar, len(made)))
         tables.append(index_table(shard, made))
     source = {"kind": "arrays", "arguments": {"shape": list(images.shape)}}
     return _write_manifest(directory, name, Plan((), tuple(classes)), entries, tables, source, "")

@@ -119,6 +119,15 @@ def read_whole(path: str) -> bytes:
     return place(path).read_bytes()
 
 
+def file_size(path: str) -> int:
+    """Size in bytes of a local file or an object. Raises FileNotFoundError when it is not there."""
+    if not is_url(path):
+        return os.path.getsize(path)
+    with explained(path):
+        fs, inner = filesystem(path)
+        return int(fs.info(inner)["size"])
+
+
 def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     """The bytes of each (offset, size); near neighbours in a remote file share one request.
 

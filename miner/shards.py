@@ -38,7 +38,7 @@ def shard_job(folder: str, job: Job) -> tuple[pa.Table, dict[str, Any]]:
                 raise MinerError(f"{os.path.join(root, path)}: grew over {MAX_IMAGE} bytes; run again")
             ext = path.rpartition(".")[2].lower().replace("jpeg", "jpg")
             rows.append(write_image(tar, f"{number:09d}", ext, data, label, {"path": path}))
-    return index_table(job.number, rows), tar_entry(folder, name, name, len(rows))
+    return index_table(job.number, rows), made_entry(name, tar, len(rows))
 
 
 def write_image(
@@ -71,11 +71,14 @@ def index_table(shard: int, rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(full, schema=INDEX_SCHEMA)
 
 
-def tar_entry(folder: str, name: str, path: str, count: int) -> dict[str, Any]:
-    full = os.path.join(folder, path)
-    size = os.path.getsize(full)
+def made_entry(name: str, tar: TarWriter, count: int) -> dict[str, Any]:
+    """Entry of a tar that was just written into the pool as ``name``."""
+    return _entry(name, name, count, tar.size, tar.sha256)
+
+
+def _entry(name: str, path: str, count: int, size: int, digest: str) -> dict[str, Any]:
     entry = {"name": name, "kind": "tar", "path": path, "count": count}
-    return {**entry, "bytes": size, "sha256": sha256(full), "file_bytes": size}
+    return {**entry, "bytes": size, "sha256": digest, "file_bytes": size}
 
 
 def _adopt_tar(folder: str, job: Job) -> tuple[pa.Table, dict[str, Any]]:
@@ -91,7 +94,7 @@ def _adopt_tar(folder: str, job: Job) -> tuple[pa.Table, dict[str, Any]]:
         rows += [_row(s.key, s.ext, s.offset, data, s.label) for s, data in zip(part, images, strict=True)]
     inside = os.path.dirname(path) == os.path.abspath(folder)
     name = os.path.basename(job.path).removesuffix(".gz")
-    entry = tar_entry(folder, name, os.path.basename(path) if inside else path, len(rows))
+    entry = _entry(name, os.path.basename(path) if inside else path, len(rows), os.path.getsize(path), sha256(path))
     return index_table(job.number, rows), entry
 
 

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from miner import baselines, ranking
 from miner.errors import MinerError, UsageError
+from miner.files import Place, place
 from miner.pool import Pool
 from miner.progress import Display
 from miner.run_dir import RunDir, write_json
@@ -28,13 +29,13 @@ _SOURCE = ("run_id", "id", "id_fingerprint", "model", "rule", "draw", "seed", "r
 class Source:
     """One run that is pooled."""
 
-    path: Path
+    path: Place
     summary: dict[str, Any]
     table: pa.Table  # ``miner.weights.TABLE``
     facts: dict[str, str]  # the table's metadata
 
     @classmethod
-    def open(cls, path: Path) -> "Source":
+    def open(cls, path: Place) -> "Source":
         """Read a finished run. Raises MinerError naming what is missing or damaged."""
         where = path / "summary.json"
         try:
@@ -49,10 +50,10 @@ class Source:
 
 
 def pool_runs(
-    runs: Sequence[Path],
+    runs: Sequence[str | os.PathLike[str]],
     how: How,
     gammas: Sequence[float],
-    out: Path,
+    out: Place,
     display: Display | None = None,
 ) -> dict[str, Any]:
     """Pool the rankings of finished ``runs`` over one pool into OUT/weights and OUT/subset-<gamma>; OUT/summary.json.
@@ -82,9 +83,9 @@ def pool_runs(
 class Pooling:
     """The runs, read and ranked; writes what ``pool_runs`` leaves."""
 
-    def __init__(self, runs: Sequence[Path], how: How, gammas: Sequence[float]) -> None:
+    def __init__(self, runs: Sequence[str | os.PathLike[str]], how: How, gammas: Sequence[float]) -> None:
         _check(runs, how, gammas)
-        self.sources = [Source.open(Path(run)) for run in runs]
+        self.sources = [Source.open(place(run)) for run in runs]
         _check_one_pool(self.sources)
         first = self.sources[0]
         self.how, self.n = how, int(first.summary["n"])
@@ -103,7 +104,7 @@ class Pooling:
         self.rows = rows._replace(weight=_weights(rows, self.rank_N, how))
         self.sizes = {gamma: _size(self.rows, gamma, self.n) for gamma in gammas}
 
-    def write_table(self, folder: Path) -> pa.Table:
+    def write_table(self, folder: Place) -> pa.Table:
         """Write the weights table, sharded as the pool is, and return it."""
         first, count = self.sources[0].table, len(self.rank_N)
         facts = {
@@ -129,7 +130,7 @@ class Pooling:
             write_arrow(table.slice(start, stop - start), folder / f"shard-{shard:06d}.arrow")
         return table
 
-    def write_subset(self, table: pa.Table, gamma: float, out: Path, display: Display) -> dict[str, Any]:
+    def write_subset(self, table: pa.Table, gamma: float, out: Place, display: Display) -> dict[str, Any]:
         """Cut and write OUT/subset-<gamma>; returns subset.json's content."""
         chosen = table.filter(pc.less(table["rank"], pa.scalar(self.sizes[gamma], pa.uint64()))).sort_by("rank")
         recipe = {
@@ -165,7 +166,7 @@ class Pooling:
         }
 
 
-def _check(runs: Sequence[Path], how: str, gammas: Sequence[float]) -> None:
+def _check(runs: Sequence[str | os.PathLike[str]], how: str, gammas: Sequence[float]) -> None:
     if how not in get_args(How):
         raise UsageError(f"--how {how}: choose one of {', '.join(get_args(How))}")
     if len(runs) < 2:

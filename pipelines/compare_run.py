@@ -186,7 +186,7 @@ class Comparison:
             ood=tuple(spec for group, spec in self.sets if group != "noise"),
             allow_overlap=self.config.allow_overlap,
             model=thing.model,  # type: ignore[arg-type]
-            checkpoint=start,
+            checkpoint=str(start) if start else None,
             seed=thing.seed,
             threads=1,
             out=self.out / thing.name,

@@ -17,8 +17,10 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from miner.buckets import is_url
 from miner.build import finish, prepare, run_job
 from miner.errors import UsageError
+from miner.files import place
 from miner.pool import Pool, pools_folder, resolve
 from miner.sources import Recipe
 from pipelines.cli import disconnect, each, run
@@ -36,7 +38,8 @@ class Config:
     name: str | None = None
     """Name to mine it by: `--pool NAME`. Letters, digits, `-`, `_` and dots."""
     out: str | None = None
-    """Folder of the pool. Default: NAME under $OUTLIER_POOLS or ~/.local/share/outlier-miner/pools."""
+    """Folder of the pool, or with --source folder a URL (`s3://bucket/pool`). Default: NAME under $OUTLIER_POOLS or
+    ~/.local/share/outlier-miner/pools."""
     glob: str = "*"
     """Which files of an input folder, e.g. `train-*`."""
     exclude_list: str | None = None
@@ -96,11 +99,14 @@ def verify_shard(pool: Pool, shard: int) -> int:
 
 
 def destination(config: Config) -> tuple[str, str]:
-    """(name, absolute folder) of the pool to make. Raises UsageError."""
-    name = config.name or (os.path.basename(os.path.abspath(config.out)) if config.out else "")
+    """(name, absolute folder or URL) of the pool to make. Raises UsageError."""
+    out = config.out or ""
+    if out and not is_url(out):
+        out = os.path.abspath(out)
+    name = config.name or (place(out).name if out else "")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise UsageError(f"--name {name!r}: give --name (letters, digits, '-', '_' and dots) or --out")
-    return name, os.path.abspath(config.out or os.path.join(pools_folder(), name))
+    return name, out or os.path.abspath(os.path.join(pools_folder(), name))
 
 
 def tracked(config: Config, function: Callable[..., int], calls: Sequence[tuple[Any, ...]], what: str) -> None:

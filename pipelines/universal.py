@@ -7,7 +7,6 @@ runs excludes is excluded. Train on it: python -m pipelines.train --outliers run
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -19,9 +18,9 @@ from pipelines import cli
 class Config:
     """Pool finished runs."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run directories of pipelines.resample, two or more, all over one pool."""
-    out: Path
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run directories of pipelines.resample or their URLs, two or more, all over one pool."""
+    out: str
     """Where the pooled ranking and its subsets go."""
     how: Literal["mean-rank", "max-weight"] = "mean-rank"
     """`mean-rank`: images that stand high in all runs. `max-weight`: images that weigh much in any run."""
@@ -32,13 +31,15 @@ class Config:
 def main() -> None:
     """Parse, pool, say what came out."""
     config = tyro.cli(Config, prog="python -m pipelines.universal", description=__doc__)
+    from miner.files import place
     from miner.progress import Display
     from miner.universal import pool_runs
 
+    out = place(config.out)
     with Display() as display:
-        summary = pool_runs(config.runs, config.how, config.gamma, config.out, display)
+        summary = pool_runs(config.runs, config.how, config.gamma, out, display)
     print(closing(summary))
-    for path in [*(config.out / name for name in summary["subsets"]), config.out / "weights"]:
+    for path in [*(out / name for name in summary["subsets"]), out / "weights"]:
         print(path)
 
 

@@ -94,7 +94,7 @@ def test_every_command_understands_its_flags(config):
         assert (kind.method, recipe.epochs, recipe.milestones, recipe.lr) == (method, epochs, milestones, lr)
         assert (recipe.batch, recipe.batch_outliers, recipe.weight_decay, recipe.nesterov) == (128, 128, 5e-4, False)
     assert end.recipe.objective.expose == 0.5
-    assert end.checkpoint == start.run_dir / "checkpoint.safetensors"
+    assert end.checkpoint == str(start.run_dir / "checkpoint.safetensors")
     for selector in MINED:
         mining = found[f"mine-cifar10-wrn-40-4-{selector}-s3"]
         inputs.check(mining)

@@ -1,5 +1,6 @@
 """Settings of training, apart from the code that needs torch: `--help` should not wait for it."""
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,6 +8,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes
 
 from miner.errors import UsageError
+from miner.files import place
 from trainers.recipes import Recipe, default_recipe, preset
 
 Model = Literal["small", "medium", "wrn-40-2", "wrn-40-4", "wrn-28-10", "resnet18", "densenet-bc-100"]
@@ -88,8 +90,9 @@ class TrainConfig:
     """Pixels a side."""
     model: Model = "small"
     """Classifier. `small` and `medium` make a CPU run practical."""
-    checkpoint: Path | None = None
-    """Start from this classifier (a .safetensors file or a run directory); without one, training is from scratch."""
+    checkpoint: str | None = None
+    """Start from this classifier (a .safetensors file or a run directory, or its URL); without one, training is from
+    scratch."""
     seed: int = 0
     """Same seed, threads, workers and machine: same classifier, bit for bit."""
     threads: int = 0
@@ -104,6 +107,10 @@ class TrainConfig:
     recipe: Annotated[Recipe, OmitArgPrefixes] = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
+        if re.match(r"\w+:/", str(self.out)):  # a Path has lost the other slash
+            raise UsageError(f"--out {self.out}: training writes to a local folder; only mining writes to a URL")
+        if re.match(r"\w+:/", str(self.out)):  # a Path has lost the other slash
+            raise UsageError(f"--out {self.out}: training writes to a local folder; only mining writes to a URL")
         if self.workers < 1 or self.threads < 0 or self.seed < 0 or self.size < 8:
             raise UsageError(
                 f"workers {self.workers}, threads {self.threads}, seed {self.seed}, size {self.size}: "
@@ -140,4 +147,5 @@ class TrainConfig:
         """What decides the result: a run can be continued only under the same settings."""
         skipped = ("out", "resume", "ood", "allow_overlap")
         found = {name: value for name, value in asdict(self).items() if name not in skipped}
-        return found | {"checkpoint": str(self.checkpoint) if self.checkpoint else None, "outliers": self.background}
+        checkpoint = str(place(self.checkpoint)) if self.checkpoint else None
+        return found | {"checkpoint": checkpoint, "outliers": self.background}

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from miner.buckets import is_url
 from miner.cache import open_shard
 from miner.errors import MinerError, UsageError
+from miner.files import Place, place
 from miner.images import decode
 from miner.pool import Pool, resolve
 from miner.subset import load_subset
@@ -43,11 +44,12 @@ EXAMPLES = 3  # pairs shown of an overlap
 def open_images(spec: str, size: int, seed: int = 0) -> list[ImageSet]:
     """Open outliers or OOD test sets at ``size`` px; several only for "demo", the demo's nine held-out families.
 
-    ``spec`` is a gamma-subset; a pool (folder, name or URL); a folder of tars (its test-*.tar where it has some)
-    or one .tar or .tar.gz; a .npy file uint8 [N, H, W, 3]; a folder of images; a torchvision name (its test split;
-    Places365: the validation split); "lsun" (a folder in $OUTLIER_DATASETS); noise drawn from ``seed``: gaussian,
-    uniform, rademacher, blob; "demo"; "demo-pool". Images that do not decode stay out and are counted on stderr.
-    Raises MinerError for what is empty, damaged or of another type, UsageError for an unknown ``spec``.
+    ``spec`` is a gamma-subset (folder or URL); a pool (folder, name or URL); a folder of tars (its test-*.tar where
+    it has some) or one .tar or .tar.gz; a .npy file uint8 [N, H, W, 3]; a folder of images; a torchvision name (its
+    test split; Places365: the validation split); "lsun" (a folder in $OUTLIER_DATASETS); noise drawn from ``seed``:
+    gaussian, uniform, rademacher, blob; "demo"; "demo-pool". Images that do not decode stay out and are
+    counted on stderr. Raises MinerError for what is empty, damaged or of another type, UsageError for an unknown
+    ``spec``.
     """
     if spec in NOISE:
         images, origin = draw_noise(spec, size, seed), {"kind": "noise", "seed": seed, "count": COUNT}
@@ -63,6 +65,8 @@ def open_images(spec: str, size: int, seed: int = 0) -> list[ImageSet]:
         return [_open_file(Path(spec), size)]
     if os.path.isdir(spec):
         return [_open_folder(Path(spec), size)]
+    if is_url(spec) and (place(spec) / "subset.json").exists():
+        return [_open_subset(place(spec), size)]
     return [_open_pool(_resolve(spec), size)]
 
 
@@ -124,7 +128,7 @@ def _open_tars(tars: Sequence[Path], path: Path, name: str, size: int) -> ImageS
     return _decoded(name, pairs, size, {"kind": "tars", "path": str(path.resolve())})
 
 
-def _open_subset(path: Path, size: int) -> ImageSet:
+def _open_subset(path: Place, size: int) -> ImageSet:
     """A gamma-subset in rank order, after a check of all its hashes: its fingerprint will stand for it."""
     subset = load_subset(path)
     subset.verify()
