@@ -121,7 +121,8 @@ class Chaos:
     def __init__(self, pool: Path, run: Path, kills: list[Kill], log: Path) -> None:
         self.pool, self.run, self.log = pool, run, log
         self.open, self.done = list(kills), list[Kill]()
-        self.starts, self.driver = 0, self.start()
+        self.starts = 0
+        self.driver = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
         """The command, as any user would run it, and run it again."""
