@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from miner.errors import MinerError
-from miner.files import atomic, sha256
+from miner.files import atomic, read_json, sha256
 from miner.images import png
-from miner.pool import FORMAT, INDEX_SCHEMA, VERSION, Pool, fingerprint_of
+from miner.manifest import FORMAT, VERSION
+from miner.pool import INDEX_SCHEMA, Pool, fingerprint_of
 from miner.shards import index_table, shard_job, tar_entry, write_image
 from miner.sources import Job, Plan, Recipe, plan
 from miner.tars import TarWriter
@@ -73,15 +74,17 @@ def run_job(folder: str, job: Job) -> int:
 
 def _complete(folder: str, stem: str, job: Job) -> int | None:
     try:
-        with open(f"{stem}.json", "rb") as file:
-            note = json.load(file)
-        entry = note["shard"]
+        note = read_json(f"{stem}.json")
+        entry, stamp = note["shard"], note["stamp"]
         size = os.path.getsize(os.path.join(folder, entry["path"]))
+        recorded, count = int(entry["file_bytes"]), int(entry["count"])
     except FileNotFoundError:
         return None
-    if note["stamp"] != job.stamp:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise MinerError(f"{stem}.json: damaged ({error!r}); remove it and run again") from None
+    if stamp != job.stamp:
         raise MinerError(f"{job.path}: changed since {folder} was begun; remove it or give another --out")
-    return int(entry["count"]) if size == entry["file_bytes"] and os.path.exists(f"{stem}.parquet") else None
+    return count if size == recorded and os.path.exists(f"{stem}.parquet") else None
 
 
 def finish(recipe: Recipe, folder: str, name: str, planned: Plan, licence: str = "") -> Pool:

@@ -1,14 +1,16 @@
 """The run directory is the database: settings, committed rounds, metrics. Resume, status and report read only it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from miner.errors import MinerError, disk_full
-from miner.files import atomic, sha256
+from miner.files import atomic, read_json, sha256
 
 KEPT_ROUNDS = 2
+FILE_NAME = re.compile("[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # of what a round holds
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -58,10 +60,7 @@ class RunDir:
         return first
 
     def _old(self, config: Path) -> dict[str, Any]:
-        try:
-            old = json.loads(config.read_text())
-        except ValueError as error:
-            raise MinerError(f"{config}: damaged ({error}); choose another --out") from None
+        old = read_json(str(config))
         if not isinstance(old, dict) or old.get("unit") != self.unit:
             raise MinerError(f"{config}: belongs to another command; choose another --out")
         return old
@@ -72,7 +71,8 @@ class RunDir:
 
     def committed(self) -> list[int]:
         """Rounds that are complete."""
-        return sorted(int(path.parent.name) for path in self.path.glob(f"{self.unit}s/*/COMMITTED"))
+        names = [path.parent.name for path in self.path.glob(f"{self.unit}s/*/COMMITTED")]
+        return sorted(int(name) for name in names if re.fullmatch("[0-9]{6,9}", name))
 
     def commit(self, round_: int) -> None:
         """Declare a round's files complete, with their SHA-256; what was there before may now be deleted."""
@@ -87,7 +87,10 @@ class RunDir:
     def verified(self, round_: int) -> Path:
         """Folder of a committed round. Raises MinerError naming a file that is not what was committed."""
         folder = self.round(round_)
-        for name, digest in json.loads((folder / "COMMITTED").read_text()).items():
+        note = read_json(str(folder / "COMMITTED"))
+        if not isinstance(note, dict) or not all(map(FILE_NAME.fullmatch, note)):
+            raise MinerError(f"{folder / 'COMMITTED'}: damaged; remove {folder} to go on before it")
+        for name, digest in note.items():
             if not (folder / name).exists() or sha256(str(folder / name)) != digest:
                 raise MinerError(f"{folder / name}: changed since it was committed; remove {folder} to go on before it")
         return folder
@@ -105,16 +108,18 @@ class RunDir:
         """All records of metrics.jsonl, oldest first; a line cut off by a crash is left out."""
         path = self.path / "metrics.jsonl"
         records = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(record, dict):
+                records.append(record)
         return records
 
     def _forget_metrics(self, first: int) -> None:
         """Drop records of rounds that will be played again."""
-        records = [r for r in self.metrics() if r.get(self.unit, -1) < first]
+        records = [r for r in self.metrics() if isinstance(at := r.get(self.unit, -1), int) and at < first]
         write_file(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
 
 

@@ -139,6 +139,9 @@ class ShardState:
             metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
             rule, swept, averaged = metadata["rule"], int(metadata["swept"]), int(metadata["averaged"])
             sound = table.schema.equals(expected) and not any(column.null_count for column in table.columns)
+            if sound and len(table):
+                low, high = pc.min_max(table["excluded"]).as_py().values()
+                sound = 0 <= low <= high < len(REASONS)
         except (KeyError, ValueError):
             sound = False
         if not sound:
@@ -187,7 +190,9 @@ def read_arrow(path: Path) -> pa.Table:
     """Memory-map an Arrow IPC file; raises MinerError naming it when it is missing or damaged."""
     try:
         with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).read_all()
+            table = pa.ipc.open_file(source).read_all()
+        table.validate(full=True)  # else offsets and codes that point anywhere are followed
+        return table
     except (OSError, pa.ArrowException, ValueError) as error:
         raise MinerError(f"{path}: cannot be read as Arrow ({error}); restore the file or mine again") from None
 
@@ -197,7 +202,14 @@ def load_weights(run: str | os.PathLike[str]) -> pa.Table:
     files = sorted((Path(run) / "weights").glob("shard-*.arrow"))
     if not files:
         raise MinerError(f"{run}: no weights/shard-*.arrow here; finish the run first")
-    return pa.concat_tables([read_arrow(path) for path in files])
+    return pa.concat_tables([_read_table(path) for path in files])
+
+
+def _read_table(path: Path) -> pa.Table:
+    table = read_arrow(path)
+    if not table.schema.equals(TABLE) or any(table[f.name].null_count for f in TABLE if not f.nullable):
+        raise MinerError(f"{path}: not a weights table of this version; mine again")
+    return table
 
 
 def excluded_counts(table: pa.Table) -> dict[str, int]:

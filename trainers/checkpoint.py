@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from miner.errors import MinerError
-from miner.files import atomic
+from miner.files import atomic, parse_json
 from trainers import models
 
 RUN_FILES = ("checkpoint.safetensors", "classifier.safetensors")  # of pipelines.train, of pipelines.resample
@@ -53,9 +53,16 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     try:
         with safe_open(where, framework="pt", device="cpu") as tensors:
             text = (tensors.metadata() or {}).get("outlier-miner", "{}")
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}, json.loads(text)  # noqa: SIM118
+            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise MinerError(f"{where}: not a sound safetensors file ({error}); write or fetch it again") from None
+    meta = parse_json(text, where)
+    names = meta.get("classes", []) if isinstance(meta, dict) else None
+    if not isinstance(meta, dict) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise MinerError(f"{where}: its metadata does not make sense; write or fetch it again")
+    if meta.get("model", models.NAMES[0]) not in models.NAMES:
+        raise MinerError(f"{where}: holds {meta['model']!r}, no model of this program; update it")
+    return state, meta
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> tuple[models.Net, dict[str, Any]]:
