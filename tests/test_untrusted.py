@@ -36,9 +36,11 @@ from miner.build import run_job, write_arrays_pool
 from miner.errors import MinerError
 from miner.images import decode, dimensions, png
 from miner.pool import Pool, uid_of
+from miner.run_dir import RunDir, write_file
 from miner.sources import Recipe, plan
 from miner.subset import load_subset
 from miner.tars import TarWriter, read_samples
+from miner.weights import load_weights
 from trainers.checkpoint import load_checkpoint
 from trainers.data import load_id
 from trainers.read import npy, tar_images
@@ -215,8 +217,9 @@ def png_of(width: int, height: int) -> bytes:
     )
 
 
-def test_a_pixel_bomb_is_quarantined_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bomb = png_of(16_384, 16_384)
+@pytest.mark.parametrize("side", [16_384, 10_240, 8_192])
+def test_a_pixel_bomb_is_quarantined_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], side: int) -> None:
+    bomb = png_of(side, side)
     assert len(bomb) < 100_000
     start = time.process_time()
     with pytest.raises(ValueError, match=r"DecompressionBomb|at most 64000000"):
@@ -276,6 +279,18 @@ def test_pipes_in_place_of_files_are_refused_without_waiting(tmp_path: Path) -> 
 def sound_tar(folder: Path) -> Path:
     (folder / "sound").write_bytes(sound("tar")["x.tar"])
     return folder / "sound"
+
+
+def test_arrow_offsets_that_point_anywhere_are_not_followed(tmp_path: Path) -> None:
+    data = sound("weights")["in/weights/shard-000000.arrow"]
+    offsets = [32 * i for i in range(7)]
+    at = data.index(struct.pack("<7i", *offsets))
+    offsets[3] = 1 << 30
+    (tmp_path / "weights").mkdir()
+    path = tmp_path / "weights" / "shard-000000.arrow"
+    path.write_bytes(data[:at] + struct.pack("<7i", *offsets) + data[at + 28 :])
+    with pytest.raises(MinerError, match=r"shard-000000\.arrow: cannot be read as Arrow"):
+        load_weights(tmp_path)
 
 
 # --- what a pool or subset made elsewhere may name ---
@@ -379,6 +394,17 @@ def test_a_subset_names_only_its_own_tars(tmp_path: Path, name: str) -> None:
     (folder / "subset.json").write_text(json.dumps(recipe))
     with pytest.raises(MinerError, match=r"subset\.json: damaged"):
         load_subset(folder)
+
+
+@pytest.mark.parametrize("name", ["../../config.json", "/etc/passwd", "..", "", "a\0b", "x" * 300])
+def test_a_commit_names_only_files_of_its_round(tmp_path: Path, name: str) -> None:
+    run = RunDir(tmp_path)
+    write_file(run.round(3) / "round.json", b"{}")
+    run.commit(3)
+    assert run.verified(3) == run.round(3)
+    (run.round(3) / "COMMITTED").write_text(json.dumps({name: "0" * 64}))
+    with pytest.raises(MinerError, match="COMMITTED: damaged"):
+        run.verified(3)
 
 
 @pytest.mark.parametrize("label", [2**31 - 1, 1_000_000, -2])
