@@ -21,7 +21,7 @@ from miner.inputs import check, check_sizes, duplicates, eligible, open_pool
 from miner.loop import Game, theta_of
 from miner.outcome import Outcome, portable
 from miner.progress import Display
-from miner.rays import LostError, connect
+from miner.rays import LostError, connect, store_use
 from miner.run_dir import RunDir, write_json
 from trainers import models
 from trainers.checkpoint import load_net, pack, save_checkpoint, unpack
@@ -147,6 +147,7 @@ class Mining:
             "pool_actors": len(self.crew.pools),
             "trainers": self.crew.get([trainer.where.remote() for trainer in self.crew.trainers]),
             "deaths": self.crew.deaths,
+            "object_store": store_use(),
             "memory": memory.survey(
                 self.crew.get([actor.memory.remote() for actor in [*self.crew.pools, *self.crew.trainers]])
             ),

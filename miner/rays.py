@@ -54,6 +54,24 @@ def connect(address: str | None, num_cpus: int | None = None) -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def store_use() -> dict[str, int]:
+    """Ray's object store on all nodes, bytes: ``capacity``, ``used`` now, ``spilled`` to disk since Ray started.
+
+    Ray tells this only through what ``ray memory`` uses, which is not public: where that is gone, nothing is known.
+    """
+    try:
+        from ray._private import internal_api, state
+
+        stats = internal_api.get_memory_info_reply(state.state, timeout_seconds=10.0).store_stats
+        return {
+            "capacity": int(stats.object_store_bytes_avail),
+            "used": int(stats.object_store_bytes_used),
+            "spilled": int(stats.spilled_bytes_total),
+        }
+    except Exception:  # whatever another version of Ray may raise: figures must not end a run
+        return {}
+
+
 def _knock(address: str) -> None:
     """Raise OSError when nothing listens at ``host:port``: Ray itself would try for many minutes."""
     host, _, port = address.rpartition("/")[2].rpartition(":")
