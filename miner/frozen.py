@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -16,7 +17,7 @@ from miner.files import Place
 from miner.guard import NO_CLASS
 from miner.neighbors import POINTS_PER_STRATUM, Strata
 from miner.pool import Pool
-from miner.ranking import Words
+from miner.ranking import Floats, Words
 from miner.run_dir import write_file
 
 FILE = "frozen.safetensors"
@@ -87,10 +88,21 @@ def sample(config: Config, crew: Crew, pool: Pool, uid_N2: Words, count: int) ->
     uniform = ranking.uniform(uid_N2, config.data.seed, _SAMPLE_SALT)
     columns = crew.each("places")
     eligible, label = (np.concatenate(found) for found in zip(*columns, strict=True))
-    chosen = np.argsort(np.where(eligible, uniform, np.inf), kind="stable")[: eligible.sum()]
-    chosen, edges = np.sort(chosen[:count]), pool.edges
+    del columns
+    chosen, edges = smallest(uniform, eligible, count), pool.edges
     parts = []
     for shard, actor in enumerate(crew.owner):
         rows = chosen[(chosen >= edges[shard]) & (chosen < edges[shard + 1])] - edges[shard]
         parts.append(actor.rows_of.remote(shard, rows))
     return parts, label[chosen]
+
+
+def smallest(value_N: Floats, eligible_N: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
+    """Rows of the ``count`` smallest values among eligible rows, in order of rows; of equal values the first rows."""
+    rows = np.flatnonzero(eligible_N)
+    if count >= len(rows):
+        return rows
+    value = value_N[rows]
+    last = np.partition(value, count - 1)[count - 1]
+    tied = np.flatnonzero(value == last)[: count - int((value < last).sum())]
+    return np.sort(np.concatenate([rows[value < last], rows[tied]]))

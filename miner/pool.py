@@ -8,7 +8,7 @@ through fsspec, from a URL; this module only reads, `miner.build` writes.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,12 @@ class Pool:
         with explained(self.path):
             return self._parquet().read(columns=columns)
 
+    def index_parts(self, columns: list[str]) -> Iterator[pa.Table]:
+        """The rows of shard after shard: the index is opened once and never held as a whole."""
+        with explained(self.path):
+            parquet = self._parquet()
+            yield from (parquet.read_row_group(shard, columns=columns) for shard in range(len(self.shards)))
+
     @property
     def edges(self) -> np.ndarray:
         """First row of each shard in ``index``, and the number of all rows at the end, int64 [shards + 1]."""
@@ -156,9 +162,8 @@ class Pool:
         if sha256(entry.path, entry.record_offset, entry.bytes) != entry.sha256:
             raise MinerError(f"{entry.path}: its bytes changed since the pool was made (shard {entry.name})")
         expected = self.shard_index(shard, ["uid"]).column("uid").to_pylist()
-        extents = self._ranges(shard)
         for start in range(0, entry.count, 1024):
-            part = extents[start : start + 1024].tolist()
+            part = self._ranges(shard)[start : start + 1024].tolist()
             for row, data in enumerate(read_ranges(entry.path, part), start):
                 if uid_of(data) != expected[row]:
                     raise MinerError(f"{self.path}/index.parquet: another uid in row {row} of {entry.name}")
@@ -196,8 +201,8 @@ class Pool:
         sizes = {path: _size(path) for path in local}
         for shard in self.shards:
             if shard.path in local and sizes[shard.path] != shard.file_bytes:
-                found = sizes[shard.path]
-                raise MinerError(f"{shard.path}: {found} bytes, not {shard.file_bytes} as recorded; restore it")
+                told = f"{sizes[shard.path]} bytes, not {shard.file_bytes} as recorded"
+                raise MinerError(f"{shard.path}: {told}; restore it")
 
     def _ranges(self, shard: int) -> np.ndarray:
         if shard not in self._extents:
