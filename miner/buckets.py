@@ -202,9 +202,9 @@ class BucketPath:
         """The whole object. Raises FileNotFoundError when it is not there."""
         return bytes(self._call("cat_file"))
 
-    def read_text(self, encoding: str = "utf-8") -> str:
+    def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         """The whole object as text. Raises FileNotFoundError when it is not there."""
-        return self.read_bytes().decode(encoding)
+        return self.read_bytes().decode(encoding, errors)
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the object; some stores do not say whether there was one."""

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 
 from miner.buckets import check_writable, is_url
 from miner.errors import MinerError, UsageError
-from miner.files import atomic, file_size, open_binary, place, read_whole, sha256
+from miner.files import atomic, file_size, open_binary, place, read_json, read_whole, sha256
 from miner.images import png
-from miner.pool import FORMAT, INDEX_SCHEMA, VERSION, Pool, fingerprint_of
+from miner.manifest import FORMAT, VERSION
+from miner.pool import INDEX_SCHEMA, Pool, fingerprint_of
 from miner.shards import index_table, made_entry, shard_job, write_image
 from miner.sources import Job, Plan, Recipe, plan
 from miner.tars import TarWriter
@@ -91,14 +92,17 @@ def run_job(folder: str, job: Job) -> int:
 
 def _complete(folder: str, stem: str, job: Job) -> int | None:
     try:
-        note = json.loads(read_whole(f"{stem}.json"))
-        entry = note["shard"]
+        note = read_json(f"{stem}.json")
+        entry, stamp = note["shard"], note["stamp"]
         size = file_size(os.path.join(folder, entry["path"]))
+        recorded, count = int(entry["file_bytes"]), int(entry["count"])
     except FileNotFoundError:
         return None
-    if note["stamp"] != job.stamp:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise MinerError(f"{stem}.json: damaged ({error!r}); remove it and run again") from None
+    if stamp != job.stamp:
         raise MinerError(f"{job.path}: changed since {folder} was begun; remove it or give another --out")
-    return int(entry["count"]) if size == entry["file_bytes"] and place(f"{stem}.parquet").exists() else None
+    return count if size == recorded and place(f"{stem}.parquet").exists() else None
 
 
 def finish(recipe: Recipe, folder: str, name: str, planned: Plan, licence: str = "") -> Pool:
@@ -108,7 +112,7 @@ def finish(recipe: Recipe, folder: str, name: str, planned: Plan, licence: str =
     """
     stems = [os.path.join(folder, "shards", f"{job.number:06d}") for job in planned.jobs]
     tables = (_rows(f"{stem}.parquet") for stem in stems)
-    entries = [json.loads(read_whole(f"{stem}.json"))["shard"] for stem in stems]
+    entries = [read_json(f"{stem}.json")["shard"] for stem in stems]
     source = {"kind": recipe.source, "arguments": _arguments(recipe), "skipped": planned.skipped}
     return _write_manifest(folder, name, planned, entries, tables, source, licence)
 

@@ -10,9 +10,11 @@ from PIL import Image
 
 from miner.buckets import is_url
 from miner.errors import MinerError
-from miner.files import atomic
+from miner.files import atomic, read_json
 from miner.images import decode, fit
-from miner.pool import Pool, Shard
+from miner.manifest import Shard
+from miner.pool import Pool
+from miner.sources import NPY_ERRORS
 
 VERSION = 1  # raise when decoding gives other pixels
 CHUNK = 256  # images decoded between two writes
@@ -58,11 +60,12 @@ def _stamp(entry: Shard, size: int) -> dict[str, Any]:
 
 def _load(stem: str, entry: Shard, size: int) -> tuple[np.ndarray, dict[int, str]] | None:
     try:
-        with open(f"{stem}.json", encoding="utf-8") as file:
-            note = json.load(file)
+        note = read_json(f"{stem}.json")
         pixels = np.load(f"{stem}.npy", mmap_mode="r", allow_pickle=False)
         bad = {int(row): str(reason) for row, reason in note.pop("bad").items()}
-    except (FileNotFoundError, ValueError, EOFError, AttributeError, KeyError):
+    except (FileNotFoundError, MinerError, AttributeError, *NPY_ERRORS):
+        return None
+    if not all(0 <= row < entry.count for row in bad):
         return None
     if note != _stamp(entry, size) or pixels.shape != (entry.count, size, size, 3) or pixels.dtype != np.uint8:
         return None

@@ -2,11 +2,22 @@
 
 import errno
 
+LONGEST = 1500  # characters of a message
+
 
 class MinerError(Exception):
-    """Bad data, a full disk, a missing file: the message names it and says what to do. Exit code 1."""
+    """Bad data, a full disk, a missing file: the message names it and says what to do. Exit code 1.
+
+    The message is one printable line, whatever names and values of untrusted files went into it.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.splitlines())
+        if not line.isprintable():
+            line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 400]} ... {line[-395:]}")
 
 
 class UsageError(MinerError):

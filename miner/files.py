@@ -2,13 +2,15 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from miner.buckets import BucketPath, explained, filesystem, is_url, upload
 from miner.errors import MinerError, disk_full
@@ -16,6 +18,7 @@ from miner.errors import MinerError, disk_full
 MERGE_GAP = 64 << 10  # bytes between two wanted ranges that are cheaper to read than to ask for twice
 MERGE_SPAN = 16 << 20
 CHUNK = 4 << 20
+MAX_JSON = 256 << 20  # bytes of a manifest; a pool of 80 million images in 8,000 shards has 3 MB
 
 Place = Path | BucketPath  # where something lies: both have the same methods, as far as they are needed here
 
@@ -114,11 +117,6 @@ def open_binary(path: str | Place) -> Iterator[BinaryIO]:
             yield stack.enter_context(open(str(path), "rb"))
 
 
-def read_whole(path: str) -> bytes:
-    """All bytes of a small file, local or at a URL. Raises FileNotFoundError when it is not there."""
-    return place(path).read_bytes()
-
-
 def file_size(path: str) -> int:
     """Size in bytes of a local file or an object. Raises FileNotFoundError when it is not there."""
     if not is_url(path):
@@ -128,10 +126,55 @@ def file_size(path: str) -> int:
         return int(fs.info(inner)["size"])
 
 
+def regular_size(path: str | Path) -> int:
+    """Bytes of a local file. MinerError when it is not there or no regular file: a pipe or device may never end."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise MinerError(f"{path}: {getattr(error, 'strerror', None) or error}; restore this file") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise MinerError(f"{path}: no regular file; put the file itself there")
+    return found.st_size
+
+
+def read_whole(path: str | Place) -> bytes:
+    """All bytes of a small file, a manifest or note of at most 256 MB, local or at a URL.
+
+    Raises FileNotFoundError or NotADirectoryError when it is not there, MinerError for all that cannot be read.
+    """
+    try:
+        if not is_url(path) and os.path.exists(str(path)):
+            regular_size(str(path))
+        with _far(path), open_binary(path) as file:
+            data = file.read(MAX_JSON + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise MinerError(f"{path}: cannot be read ({error})") from None
+    if len(data) > MAX_JSON:
+        raise MinerError(f"{path}: over {MAX_JSON} bytes; no manifest is as large")
+    return data
+
+
+def read_json(path: str | Place) -> Any:
+    """The value of a JSON file. Raises as ``read_whole`` and ``parse_json`` do."""
+    return parse_json(read_whole(path), path)
+
+
+def parse_json(data: bytes | str, where: object) -> Any:
+    """The value of a JSON text. Raises MinerError, naming ``where``, for anything else and for nesting too deep."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise MinerError(f"{where}: not JSON that can be read (nested too deep); restore it or make it again") from None
+    except ValueError as error:
+        raise MinerError(f"{where}: not JSON ({error}); restore it or make it again") from None
+
+
 def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     """The bytes of each (offset, size); near neighbours in a remote file share one request.
 
-    Raises MinerError when the file ends before a range does.
+    Raises MinerError when the file ends before a range does, and at a URL for all that cannot be read.
     """
     if not is_url(path):
         with open(path, "rb", buffering=0) as file:
@@ -139,13 +182,37 @@ def read_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     found: dict[int, bytes] = {}
     for group in _spans(ranges):
         start, stop = ranges[group[0]][0], max(sum(ranges[i]) for i in group)
-        with explained(path):
+        with _there(path):
             fs, inner = filesystem(path)
             block = bytes(fs.cat_file(inner, start=start, end=stop))
         for i in group:
             offset, size = ranges[i]
             found[i] = _full(path, block[offset - start : offset - start + size], offset, size)
     return [found[i] for i in range(len(ranges))]
+
+
+@contextlib.contextmanager
+def _far(path: str | Place) -> Iterator[None]:
+    """Reading a file at a URL and nothing else: what ``explained`` leaves is ours too, but for a missing file."""
+    try:
+        with explained(path):
+            yield
+    except Exception as error:
+        if isinstance(error, MinerError | FileNotFoundError) or not is_url(path):
+            raise
+        raise MinerError(f"{path}: cannot be read ({type(error).__name__}: {error}); try again later") from None
+
+
+@contextlib.contextmanager
+def _there(path: str | Place) -> Iterator[None]:
+    """The same for a file at a URL that must be there."""
+    try:
+        with _far(path):
+            yield
+    except FileNotFoundError:
+        if not is_url(path):
+            raise
+        raise MinerError(f"{path}: missing; restore this file") from None
 
 
 def _full(path: str, data: bytes, offset: int, size: int) -> bytes:
@@ -173,7 +240,7 @@ def _spans(ranges: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
 def sha256(path: str | Place, offset: int = 0, size: int | None = None) -> str:
     """Hex SHA-256 of ``size`` bytes at ``offset`` (default: to the end) of a local file or a URL."""
     digest = hashlib.sha256()
-    with open_binary(path) as file:
+    with _there(path), open_binary(path) as file:
         file.seek(offset)
         left = size
         while left is None or left > 0:

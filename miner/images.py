@@ -21,6 +21,12 @@ def decode(data: bytes, size: int) -> np.ndarray:
         return fit(_rgb(image), size)
 
 
+def whole(data: bytes) -> Image.Image:
+    """The whole encoded image in RGB. Raises ValueError as ``decode`` does."""
+    with _opened(data) as image:
+        return _rgb(image)
+
+
 def dimensions(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels from the header; (0, 0) where ``decode`` would refuse the header."""
     try:

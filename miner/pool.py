@@ -6,24 +6,24 @@ through fsspec, from a URL; this module only reads, `miner.build` writes.
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from miner.buckets import check_url, explained, filesystem, is_url
 from miner.errors import MinerError, UsageError
-from miner.files import read_ranges, read_whole, sha256
+from miner.files import read_ranges, regular_size, sha256
 from miner.images import png
-from miner.tars import MAX_IMAGE
+from miner.manifest import Shard, checked_shard, class_list, read_manifest
+from miner.tars import IMAGES, MAX_IMAGE, MAX_LABEL
 
-FORMAT = "outlier-miner/pool"
-VERSION = 1
 INDEX_SCHEMA = pa.schema(
     [
         pa.field("uid", pa.string(), nullable=False),
@@ -46,26 +46,6 @@ HINTS = {
 }
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One shard. ``bytes`` and ``sha256`` cover its own range; ``file_bytes`` is the size of the whole file.
-
-    kind "tar": a WebDataset tar. kind "raw": ``count`` records of ``record_shape`` [H, W, 3] uint8 from byte
-    ``record_offset``, stored in ``order`` "C" or "F" (Fortran: tiny_images.bin).
-    """
-
-    name: str
-    kind: str
-    path: str
-    count: int
-    bytes: int
-    sha256: str
-    file_bytes: int
-    record_offset: int = 0
-    record_shape: tuple[int, ...] = ()
-    order: str = "C"
-
-
 @dataclass(frozen=True, eq=False)
 class Pool:
     """An opened pool; ``count`` is the number of all rows, excluded ones included."""
@@ -79,6 +59,7 @@ class Pool:
     licence: str = ""
     class_info: Any = None
     _extents: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    _uids: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, path: str) -> "Pool":
@@ -87,28 +68,29 @@ class Pool:
         Raises MinerError naming the file when something is missing, shorter or newer than this program.
         """
         path = path.rstrip("/") if is_url(path) else os.path.abspath(path)
-        manifest = _manifest(path)
+        manifest = read_manifest(path)
         try:
-            shards = tuple(_shard(path, entry) for entry in manifest["shards"])
+            shards = tuple(checked_shard(path, entry) for entry in manifest["shards"])
             pool = cls(
                 path=path,
                 name=str(manifest["name"]),
-                classes=tuple(map(str, manifest["classes"])),
+                classes=class_list(manifest["classes"]),
                 fingerprint=str(manifest["fingerprint"]),
                 shards=shards,
                 count=int(manifest["count"]),
                 licence=str(manifest.get("licence") or ""),
                 class_info=manifest.get("class_info"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MinerError(f"{path}/pool.json: damaged manifest ({error!r}); make the pool again") from None
+        if not re.fullmatch("[0-9a-f]{32}", pool.fingerprint):  # it names a folder of caches
+            raise MinerError(f"{path}/pool.json: fingerprint {pool.fingerprint!r} is no hash; make the pool again")
         pool._check()
         return pool
 
     def index(self, columns: list[str] | None = None) -> pa.Table:
         """The rows of all shards in order (shard, row), columns as in INDEX_SCHEMA."""
-        with explained(self.path):
-            return self._parquet().read(columns=columns)
+        return self._rows(lambda parquet: parquet.read(columns=columns), range(len(self.shards)))
 
     @property
     def edges(self) -> np.ndarray:
@@ -117,32 +99,31 @@ class Pool:
 
     def shard_index(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """The rows of one shard."""
-        with explained(self.path):
-            return self._parquet().read_row_group(shard, columns=columns)
+        return self._rows(lambda parquet: parquet.read_row_group(shard, columns=columns), range(shard, shard + 1))
 
     def read(self, shard: int, rows: Sequence[int]) -> list[bytes]:
         """Encoded images as stored (jpg, png, webp); from a raw shard: a PNG made of the record.
 
-        Raises MinerError when the shard ends before an image does.
+        Raises MinerError when the shard ends before an image does, and when one is not what its uid says: a pool
+        made elsewhere cannot pass off another file's bytes as an image.
         """
-        if self.shards[shard].kind == "raw":
-            records = self.records(shard)
-            return [png(records[row]) for row in rows]
-        extents = self._ranges(shard)
-        return read_ranges(self.shards[shard].path, [(int(a), int(b)) for a, b in extents[np.asarray(rows, int)]])
+        entry, extents = self.shards[shard], self._ranges(shard)
+        found = read_ranges(entry.path, [(int(a), int(b)) for a, b in extents[np.asarray(rows, int)]])
+        uids = self._uids[shard]
+        for row, data in zip(rows, found, strict=True):
+            if hashlib.blake2b(data, digest_size=16).digest() != uids[row].tobytes():
+                raise MinerError(f"{entry.path}: image {row} changed since the pool was made; restore this file")
+        return found if entry.kind == "tar" else [png(_pixels(entry, data)[0]) for data in found]
 
     def records(self, shard: int) -> np.ndarray:
         """Read-only uint8 [n, H, W, 3] of a raw shard: a view into the file when it is local."""
         entry = self.shards[shard]
-        height, width, channels = entry.record_shape
-        shape = entry.record_shape if entry.order == "C" else (channels, width, height)
         if is_url(entry.path):
             data = read_ranges(entry.path, [(entry.record_offset, entry.bytes)])[0]
             flat = np.frombuffer(data, np.uint8)
         else:
             flat = np.memmap(entry.path, np.uint8, "r", entry.record_offset, (entry.bytes,))
-        stacked = flat.reshape(entry.count, *shape)
-        return stacked if entry.order == "C" else stacked.transpose(0, 3, 2, 1)
+        return _pixels(entry, flat)
 
     def verify(self) -> None:
         """Hash every shard and every image again. Raises MinerError naming the first file that differs."""
@@ -178,8 +159,37 @@ class Pool:
             return pq.ParquetFile(path)
         except FileNotFoundError:
             raise MinerError(f"{path}: missing; run the command that made the pool again") from None
-        except pa.ArrowInvalid as error:
-            raise MinerError(f"{path}: damaged ({str(error).splitlines()[0]}); make the pool again") from None
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise MinerError(f"{path}: damaged ({error}); make the pool again") from None
+
+    def _rows(self, read: Callable[[pq.ParquetFile], pa.Table], shards: range) -> pa.Table:
+        """What ``read`` reads of the index, checked: the index may come from anywhere, and much is looked up by it."""
+        parquet = self._parquet()
+        try:
+            with explained(self.path):
+                table = read(parquet)
+            table.validate(full=True)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise MinerError(f"{self.path}/index.parquet: damaged ({error}); make the pool again") from None
+        wrong = [name for name in table.column_names if not self._sound(name, table[name], shards)]
+        if wrong:
+            raise MinerError(f"{self.path}/index.parquet: column {wrong[0]} is not a pool index's; make the pool again")
+        return table
+
+    def _sound(self, name: str, column: pa.ChunkedArray, shards: range) -> bool:
+        counts = [self.shards[shard].count for shard in shards]
+        if column.null_count and not INDEX_SCHEMA.field(name).nullable:
+            return False
+        if name == "shard":
+            return np.array_equal(column.to_numpy(), np.repeat(np.array(shards), counts))
+        if name == "row":
+            return np.array_equal(column.to_numpy(), np.concatenate([np.arange(count) for count in counts]))
+        if name == "label":
+            low, high = pc.min_max(column).as_py().values()
+            return low is None or -1 <= low <= high < MAX_LABEL
+        if name == "ext":
+            return bool(pc.all(pc.is_in(column, pa.array(IMAGES))).as_py())
+        return name != "uid" or bool(pc.all(pc.match_substring_regex(column, "^[0-9a-f]{32}$")).as_py())
 
     def _check(self) -> None:
         parquet = self._parquet()
@@ -193,22 +203,30 @@ class Pool:
                 f"{self.count} in {len(counts)}; make the pool again"
             )
         local = {shard.path for shard in self.shards if not is_url(shard.path)}
-        sizes = {path: _size(path) for path in local}
+        sizes = {path: regular_size(path) for path in local}
         for shard in self.shards:
             if shard.path in local and sizes[shard.path] != shard.file_bytes:
                 found = sizes[shard.path]
                 raise MinerError(f"{shard.path}: {found} bytes, not {shard.file_bytes} as recorded; restore it")
 
     def _ranges(self, shard: int) -> np.ndarray:
+        """(offset, size) of each image of a shard, int64 [n, 2], all inside its file; its uids go to ``_uids``."""
         if shard not in self._extents:
-            table = self.shard_index(shard, ["offset", "size"])
-            extents = np.stack([table.column(0).to_numpy(), table.column(1).to_numpy()], axis=1)
-            limit = self.shards[shard].file_bytes - extents[:, 1]
-            if (extents < 0).any() or (extents[:, 1] > MAX_IMAGE).any() or (extents[:, 0] > limit).any():
-                raise MinerError(f"{self.path}/index.parquet: byte ranges outside {self.shards[shard].path}")
+            entry = self.shards[shard]
+            table = self.shard_index(shard, ["uid", "offset", "size"])
+            extents = np.stack([table["offset"].to_numpy(), table["size"].to_numpy()], axis=1)
+            limit = entry.file_bytes - extents[:, 1]
+            if entry.kind == "raw":
+                record = entry.bytes // entry.count
+                extents = np.full_like(extents, record)
+                extents[:, 0] = entry.record_offset + record * np.arange(entry.count)
+            elif (extents < 0).any() or (extents[:, 1] > MAX_IMAGE).any() or (extents[:, 0] > limit).any():
+                raise MinerError(f"{self.path}/index.parquet: byte ranges outside {entry.path}")
             if len(self._extents) >= 64:  # a pool of thousands of shards must not keep every table in memory
                 self._extents.clear()
+                self._uids.clear()
             self._extents[shard] = extents
+            self._uids[shard] = np.frombuffer(bytes.fromhex("".join(table["uid"].to_pylist())), "V16")
         return self._extents[shard]
 
 
@@ -247,50 +265,9 @@ def fingerprint_of(uids: pa.ChunkedArray) -> str:
     return hashlib.blake2b(raw.tobytes(), digest_size=16).hexdigest()
 
 
-def _manifest(path: str) -> dict[str, Any]:
-    where = f"{path}/pool.json"
-    try:
-        manifest = json.loads(read_whole(where))
-    except (FileNotFoundError, NotADirectoryError):
-        raise MinerError(f"{where}: missing; to make a pool see python -m pipelines.shard --help") from None
-    except OSError as error:
-        raise MinerError(f"{where}: cannot be read ({error})") from None
-    except ValueError as error:
-        raise MinerError(f"{where}: not JSON ({error}); make the pool again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise MinerError(f"{where}: not a pool manifest (format {FORMAT!r} expected)")
-    if manifest.get("version") != VERSION:
-        raise MinerError(f"{where}: format version {manifest.get('version')}, this program reads {VERSION}; update it")
-    return manifest
-
-
-def _shard(pool: str, entry: dict[str, Any]) -> Shard:
-    shard = Shard(**{**entry, "record_shape": tuple(entry.get("record_shape", ()))})
-    if shard.kind not in ("tar", "raw") or shard.order not in ("C", "F") or min(shard.count, shard.bytes) < 1:
-        raise ValueError(f"shard {shard.name}")
-    if shard.kind == "raw" and (shard.record_offset < 0 or shard.bytes != shard.count * _volume(shard.record_shape)):
-        raise ValueError(f"records of shard {shard.name}")
-    if is_url(shard.path):
-        check_url(shard.path)
-        return shard
-    if os.path.isabs(shard.path):
-        if is_url(pool):
-            raise ValueError(f"shard {shard.name} of a remote pool has a local path")
-        return shard
-    if ".." in shard.path.split("/"):
-        raise ValueError(f"path of shard {shard.name}")
-    return Shard(**{**shard.__dict__, "path": f"{pool}/{shard.path}"})
-
-
-def _volume(shape: tuple[int, ...]) -> int:
-    height, width, channels = shape
-    if channels != 3 or min(height, width) < 1:
-        raise ValueError(f"record shape {shape}")
-    return height * width * channels
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError as error:
-        raise MinerError(f"{path}: {error.strerror}; restore this shard or make the pool again") from None
+def _pixels(entry: Shard, data: Any) -> np.ndarray:
+    """Bytes of whole records as uint8 [n, H, W, 3], without a copy."""
+    height, width, channels = entry.record_shape
+    shape = entry.record_shape if entry.order == "C" else (channels, width, height)
+    stacked = np.frombuffer(data, np.uint8).reshape(-1, *shape)
+    return stacked if entry.order == "C" else stacked.transpose(0, 3, 2, 1)

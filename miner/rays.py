@@ -1,15 +1,20 @@
 """Starting or joining Ray, and getting results with errors that people can read."""
 
+import contextlib
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import exceptions
+from ray._private import ray_constants
 
 from miner.errors import MinerError
 
@@ -28,7 +33,8 @@ class LostError(MinerError):
 def connect(address: str | None, num_cpus: int | None = None) -> int:
     """Join the Ray cluster at ``address``, or start one for this process alone; returns its number of CPU slots.
 
-    Never joins a cluster that merely happens to run here. Raises MinerError when none answers at ``address``.
+    Never joins a cluster that merely happens to run here. Its own listens on loopback addresses only, and asks for a
+    token unless RAY_AUTH_MODE says otherwise. Raises MinerError when none answers at ``address``.
     """
     if ray.is_initialized():
         return max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -39,12 +45,16 @@ def connect(address: str | None, num_cpus: int | None = None) -> int:
     own = address in (None, "local")
     options: dict[str, Any] = {"num_cpus": num_cpus, "include_dashboard": False} if own else {}
     # Waiting threads must not spin: torch and faiss bring a thread pool each, and few cores serve both.
-    options["runtime_env"] = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+    if own:  # Ray's processes inherit it; for a runtime_env they would be started anew
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    else:
+        options["runtime_env"] = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if not own and ":" in str(address):
             _knock(str(address))
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+        with _loopback() if own else contextlib.nullcontext():
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise MinerError(f"--address {address}: cannot join Ray ({first}); check it, or leave it out") from None
@@ -56,6 +66,41 @@ def connect(address: str | None, num_cpus: int | None = None) -> int:
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+@contextlib.contextmanager
+def _loopback() -> Iterator[None]:
+    """While Ray starts: every part of it on 127.0.0.1, and a token that only this user can read.
+
+    Ray has no setting for that on Linux (it turns 127.0.0.1 into the address that others see), but on macOS and
+    Windows it starts on loopback, and this is the switch.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    variable, constant = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    # Ray itself asks for a token in a private cluster unless RAY_AUTH_MODE says "disabled".
+    if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        _private_token(Path.home() / ".ray" / "auth_token")
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # the first for the processes that Ray starts
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = constant
+        os.environ.pop(name)
+        os.environ |= {name: variable} if variable is not None else {}
+
+
+def _private_token(path: Path) -> None:
+    """Ray's own token file, made with mode 0600 before Ray makes it with 0644, or brought to that mode."""
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.chmod(0o600)
+    except FileNotFoundError:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):  # another command made it meanwhile: that one is in use
+            os.link(part, path)
+        part.unlink()
 
 
 def _knock(address: str) -> None:

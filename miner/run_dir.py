@@ -3,15 +3,17 @@
 import contextlib
 import fcntl
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from miner.buckets import BucketPath, check_writable
 from miner.errors import MinerError, disk_full
-from miner.files import Place, atomic, remove_folder, sha256
+from miner.files import Place, atomic, parse_json, read_json, read_whole, remove_folder, sha256
 
 KEPT_ROUNDS = 2
+FILE_NAME = re.compile("[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # of what a round holds
 
 
 def write_file(path: Place, data: bytes) -> None:
@@ -96,7 +98,7 @@ class RunDir:
             try:
                 self.verified(round_)
             except MinerError as error:
-                (self.round(round_) / "COMMITTED").unlink()
+                _take_back(self.round(round_) / "COMMITTED")
                 self.notes.append(f"{error}; going back behind {self.unit} {round_ + 1}")
             else:
                 return round_
@@ -119,10 +121,7 @@ class RunDir:
         return self.path / "scores"
 
     def _old(self, config: Place) -> dict[str, Any]:
-        try:
-            old = json.loads(config.read_text())
-        except ValueError as error:
-            raise MinerError(f"{config}: damaged ({error}); choose another --out") from None
+        old = read_json(config)
         if not isinstance(old, dict) or old.get("unit") != self.unit:
             raise MinerError(f"{config}: belongs to another command; choose another --out")
         return old
@@ -133,7 +132,8 @@ class RunDir:
 
     def committed(self) -> list[int]:
         """Rounds that are complete."""
-        return sorted(int(path.parent.name) for path in self.path.glob(f"{self.unit}s/*/COMMITTED"))
+        names = [path.parent.name for path in self.path.glob(f"{self.unit}s/*/COMMITTED")]
+        return sorted(int(name) for name in names if re.fullmatch("[0-9]{6,9}", name))
 
     def commit(self, round_: int) -> None:
         """Declare a round's files complete, with their SHA-256; what was there before may now be deleted."""
@@ -151,13 +151,11 @@ class RunDir:
     def verified(self, round_: int) -> Place:
         """Folder of a committed round. Raises MinerError naming a file that is not what was committed."""
         folder = self.round(round_)
-        try:
-            files = dict(json.loads((folder / "COMMITTED").read_text()))
-        except ValueError:
-            raise MinerError(f"{folder / 'COMMITTED'}: cut off or damaged") from None
-        for name, digest in files.items():
-            path = folder / str(name).rpartition("/")[2]
-            if not path.exists() or sha256(path) != digest:
+        note = _noted(folder / "COMMITTED")
+        for name, digest in note.items():
+            path = folder / name
+            there = path.is_file() if isinstance(path, Path) else path.exists()  # no folder, no pipe
+            if not there or sha256(path) != digest:
                 raise MinerError(f"{path}: changed since it was committed")
         return folder
 
@@ -184,17 +182,38 @@ class RunDir:
         """All records of metrics.jsonl, oldest first; a line cut off by a crash is left out."""
         path = self.path / "metrics.jsonl"
         records = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(record, dict):
+                records.append(record)
         return records
 
     def _forget_metrics(self, first: int) -> None:
         """Drop records of rounds that will be played again."""
-        records = [r for r in self.metrics() if r.get(self.unit, -1) < first]
+        records = [r for r in self.metrics() if isinstance(at := r.get(self.unit, -1), int) and at < first]
         write_file(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
+
+
+def _noted(path: Place) -> dict[str, Any]:
+    """What a round's COMMITTED says: the SHA-256 of each of its files."""
+    data = read_whole(path)
+    try:
+        note = parse_json(data, path)
+    except MinerError:
+        raise MinerError(f"{path}: cut off or damaged") from None
+    if not isinstance(note, dict) or not all(map(FILE_NAME.fullmatch, note)):
+        raise MinerError(f"{path}: damaged")
+    return note
+
+
+def _take_back(path: Place) -> None:
+    if isinstance(path, Path) and path.is_dir():  # not ours, but in the way
+        remove_folder(path)
+    else:
+        path.unlink()
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -1,10 +1,8 @@
 """One shard of a pool: make its tar or adopt a file; gives index rows and a manifest entry."""
 
-import gzip
 import hashlib
 import json
 import os
-import zlib
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,8 @@ from miner.files import atomic, read_ranges, sha256
 from miner.images import dimensions
 from miner.pool import INDEX_SCHEMA, uid_of
 from miner.sources import Job
-from miner.tars import MAX_IMAGE, TarWriter, read_samples
+from miner.tars import MAX_IMAGE, TarWriter, expand, read_samples
 
-MAX_TAR = 64 << 30  # bytes that one .tar.gz may expand to
-MAX_RATIO = 250  # expanded over compressed; DEFLATE reaches 1032, image tars stay under 30
 CHUNK = 4 << 20
 
 
@@ -85,7 +81,8 @@ def _adopt_tar(folder: str, job: Job) -> tuple[pa.Table, dict[str, Any]]:
     path = job.path
     if path.endswith(".gz"):
         path = os.path.join(os.path.abspath(folder), f"{job.number:06d}.tar")
-        _expand(job.path, path)
+        with atomic(path) as file:
+            expand(job.path, file)
     rows = []
     samples = read_samples(path)
     for start in range(0, len(samples), 256):
@@ -96,20 +93,6 @@ def _adopt_tar(folder: str, job: Job) -> tuple[pa.Table, dict[str, Any]]:
     name = os.path.basename(job.path).removesuffix(".gz")
     entry = _entry(name, os.path.basename(path) if inside else path, len(rows), os.path.getsize(path), sha256(path))
     return index_table(job.number, rows), entry
-
-
-def _expand(source: str, target: str) -> None:
-    limit = min(MAX_TAR, max(64 << 20, MAX_RATIO * os.path.getsize(source)))
-    written = 0
-    try:
-        with gzip.open(source, "rb") as packed, atomic(target) as file:
-            while block := packed.read(CHUNK):
-                written += len(block)
-                if written > limit:
-                    raise MinerError(f"{source}: expands past {limit} bytes; unpack it yourself if you trust it")
-                file.write(block)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise MinerError(f"{source}: cut off or corrupt gzip ({error}); fetch it again") from None
 
 
 def _adopt_raw(job: Job) -> tuple[pa.Table, dict[str, Any]]:

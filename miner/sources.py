@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +16,17 @@ from typing import Any
 import numpy as np
 
 from miner.errors import MinerError, UsageError
+from miner.files import read_json, regular_size
 from miner.tars import IMAGES, MAX_IMAGE
 
 PER_TAR = 10_000
 PER_RAW = 65_536
 TINY = (32, 32, 3)
+# What numpy raises on a hostile .npy header: it is a Python literal.
+NPY_ERRORS = (
+    ValueError, EOFError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError, KeyError, IndexError,
+    tokenize.TokenError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,9 @@ def _images(
             if name.rpartition(".")[2].lower() not in IMAGES or name.startswith("."):
                 skipped["not an image"] += 1
                 continue
+            if not os.path.isfile(path):  # a pipe would never end
+                skipped["not an image"] += 1
+                continue
             size, time = _state(path)
             if size > MAX_IMAGE:
                 skipped["over 16 MB"] += 1
@@ -179,14 +189,15 @@ def _raw_jobs(
 
 
 def _npy_layout(path: str) -> tuple[tuple[int, ...], int]:
+    regular_size(path)
     with open(path, "rb") as file:
         try:
             version = np.lib.format.read_magic(file)
             old = version == (1, 0)
             read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(file)
-        except (ValueError, EOFError) as error:
-            raise MinerError(f"{path}: no readable .npy header ({str(error).splitlines()[0]})") from None
+        except NPY_ERRORS as error:
+            raise MinerError(f"{path}: no readable .npy header ({error})") from None
         offset = file.tell()
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
         raise MinerError(f"{path}: {dtype} {shape}; wanted a C-ordered uint8 array [N, H, W, 3]")
@@ -204,7 +215,7 @@ def _exclude_list(path: str, count: int) -> np.ndarray:
     with open(path, encoding="ascii", errors="replace") as file:
         for number, line in enumerate(file, 1):
             text = line.strip()
-            if text and not (text.isdigit() and 1 <= int(text) <= count):
+            if text and not (text.isdigit() and len(text) < 20 and 1 <= int(text) <= count):
                 raise MinerError(f"{path}: line {number}: {text[:40]!r} is no image number from 1 to {count}")
             if text:
                 rows.add(int(text) - 1)
@@ -216,15 +227,14 @@ def class_names(path: str) -> tuple[tuple[str, ...], Any]:
 
     A list of names or of {"name": ..., "index": ...}, or an object from index to either. Raises MinerError.
     """
+    info = read_json(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            info = json.load(file)
         pairs: Any = info.items() if isinstance(info, dict) else enumerate(info)
         named = [
             (int(value.get("index", index)), str(value["name"])) if isinstance(value, dict) else (int(index), value)
             for index, value in pairs
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise MinerError(f"{path}: not a list or table of class names ({error!r})") from None
     named.sort()
     if [index for index, _ in named] != list(range(len(named))) or not all(isinstance(n, str) for _, n in named):

@@ -1,10 +1,11 @@
 """A gamma-subset on disk: tars of original bytes, manifest, recipe. Write it, verify it, read it with torch."""
 
 import hashlib
-import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from miner.errors import MinerError
-from miner.files import Place, atomic, open_binary, place, read_ranges, sha256
+from miner.files import Place, atomic, open_binary, place, read_json, read_ranges, regular_size, sha256
+from miner.images import whole
 from miner.pool import Pool
 from miner.run_dir import write_json
-from miner.tars import TarWriter
+from miner.tars import MAX_IMAGE, TarWriter
 
 FORMAT = "outlier-miner/subset"
 VERSION = 1
@@ -104,7 +106,7 @@ def class_histogram(chosen: pa.Table, classes: tuple[str, ...]) -> dict[str, int
     """How many chosen images each pool class has, most frequent first."""
     counts = pc.value_counts(chosen["label"].drop_null()).to_pylist()
     counts.sort(key=lambda c: (-c["counts"], c["values"]))
-    return {classes[c["values"]] if c["values"] < len(classes) else str(c["values"]): c["counts"] for c in counts}
+    return {classes[c["values"]] if 0 <= c["values"] < len(classes) else str(c["values"]): c["counts"] for c in counts}
 
 
 def _places(pool: Pool, chosen: pa.Table) -> dict[str, np.ndarray]:
@@ -162,24 +164,17 @@ class Subset(Dataset):
 
     def __init__(self, path: str | os.PathLike[str] | Place, transform: Transform | None = None) -> None:
         self.path, self.transform = place(path), transform
-        recipe = self.path / "subset.json"
-        if not recipe.exists():
-            raise MinerError(f"{recipe}: missing; not a subset, or one whose export was cut off: export it again")
-        self.recipe: dict[str, Any] = json.loads(recipe.read_text())
-        if self.recipe.get("format") != FORMAT or self.recipe["version"] > VERSION:
-            raise MinerError(f"{recipe}: not a subset that this version reads; update outlier-miner")
-        try:
-            with open_binary(self.path / "manifest.parquet") as file:
-                self.manifest = pq.read_table(file)
-        except (OSError, pa.ArrowInvalid) as error:
-            reason = str(error).splitlines()[0]
-            raise MinerError(f"{self.path}/manifest.parquet: cannot be read ({reason}); export it again") from None
+        self.recipe = _recipe(self.path / "subset.json")
+        self.manifest = _manifest(self.path / "manifest.parquet")
         if len(self.manifest) != self.recipe["count"]:
             raise MinerError(f"{self.path}/manifest.parquet: {len(self.manifest)} rows, not {self.recipe['count']}")
         self._tar = self.manifest["tar"].to_pylist()
         self._extent = list(
             zip(self.manifest["tar_offset"].to_pylist(), self.manifest["tar_size"].to_pylist(), strict=True)
         )
+        unknown = set(self._tar) - {tar["name"] for tar in self.recipe["tars"]}
+        if unknown:
+            raise MinerError(f"{self.path}/manifest.parquet: names {min(unknown)!r}, no tar of this subset")
 
     @property
     def uids(self) -> list[str]:
@@ -191,15 +186,20 @@ class Subset(Dataset):
 
     def encoded(self, i: int) -> bytes:
         """The image's bytes as they stood in the pool."""
-        path = self.path / self._tar[i]
-        try:
-            return read_ranges(str(path), [self._extent[i]])[0]
-        except FileNotFoundError:
-            raise MinerError(f"{path}: missing; export the subset again") from None
+        path, (offset, size) = self.path / self._tar[i], self._extent[i]
+        if isinstance(path, Path) and not path.exists():
+            raise MinerError(f"{path}: missing; export the subset again")
+        end = regular_size(path) if isinstance(path, Path) else 2**63  # reading at a URL tells where it ends
+        if offset < 0 or not 0 <= size <= MAX_IMAGE or offset + size > end:
+            raise MinerError(f"{path}: no image of {size} bytes at byte {offset} of it; export the subset again")
+        return read_ranges(str(path), [(offset, size)])[0]
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
-        with Image.open(io.BytesIO(self.encoded(i)), formats=("JPEG", "PNG", "WEBP")) as image:
-            rgb = image.convert("RGB")
+        try:
+            rgb = whole(self.encoded(i))
+        except ValueError as error:
+            where = f"{self.path / self._tar[i]}: {self.manifest['key'][i]}"
+            raise MinerError(f"{where}: does not decode ({error}); export the subset again") from None
         if self.transform is not None:
             return self.transform(rgb), OUTLIER
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), OUTLIER
@@ -220,6 +220,43 @@ class Subset(Dataset):
         for i, expected in enumerate(self.manifest["sha256"].to_pylist()):
             if hashlib.sha256(self.encoded(i)).hexdigest() != expected:
                 raise MinerError(f"{self.path / self._tar[i]}: image {self.manifest['key'][i]} is not the one recorded")
+
+
+def _recipe(path: Place) -> dict[str, Any]:
+    """The content of subset.json, with what is read of it in its types."""
+    if not path.exists():
+        raise MinerError(f"{path}: missing; not a subset, or one whose export was cut off: export it again")
+    recipe = read_json(path)
+    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT or recipe.get("version") != VERSION:
+        raise MinerError(f"{path}: not a subset that this version reads; update outlier-miner")
+    settings, tars = recipe.get("settings", {}), recipe.get("tars")
+    sound = (
+        type(recipe.get("count")) is int
+        and all(isinstance(recipe.get(name), str) for name in ("fingerprint", "manifest_sha256"))
+        and isinstance(settings, dict)
+        and isinstance(settings.get("game", {}), dict)
+        and isinstance(tars, list)
+        and all(isinstance(tar, dict) and isinstance(tar.get("sha256"), str) for tar in tars)
+        and all(re.fullmatch(r"outliers-[0-9]{6}\.tar", str(tar.get("name"))) for tar in tars)
+    )
+    if not sound:
+        raise MinerError(f"{path}: damaged; export the subset again")
+    return recipe
+
+
+def _manifest(path: Place) -> pa.Table:
+    """The rows of manifest.parquet: MANIFEST's columns, nothing missing where nothing may be."""
+    if isinstance(path, Path) and path.exists():
+        regular_size(path)
+    try:
+        with open_binary(path) as file:
+            table = pq.ParquetFile(file).read()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise MinerError(f"{path}: cannot be read ({error}); export it again") from None
+    if not table.schema.equals(MANIFEST) or any(table[f.name].null_count for f in MANIFEST if not f.nullable):
+        raise MinerError(f"{path}: its columns are not those of a subset's manifest; export it again")
+    return table
 
 
 class SubsetStream(IterableDataset):

@@ -4,24 +4,30 @@ Nothing is extracted, unpickled or followed: the reader looks at headers, takes 
 and the number in each `.cls`, and refuses an archive that holds anything dangerous or ambiguous.
 """
 
+import gzip
 import hashlib
 import io
 import itertools
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import BinaryIO, cast
+from typing import IO, BinaryIO, cast
 
 from miner.errors import MinerError, disk_full
-from miner.files import Place, atomic
+from miner.files import Place, atomic, regular_size
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MAX_IMAGE = 16 << 20  # bytes
+MAX_LABEL = 1_000_000  # labels count into tables: a huge one must not make a huge table; -1 is no class
 LIMITS = {**dict.fromkeys(IMAGES, MAX_IMAGE), "cls": 64, "json": 1 << 20}
 PICKLES = frozenset(("pkl", "pickle", "pyd", "pth", "pt"))
+MAX_TAR = 64 << 30  # bytes that one .tar.gz may expand to
+MAX_RATIO = 250  # expanded over compressed; DEFLATE reaches 1032, image tars stay under 30
+CHUNK = 4 << 20
 MAX_HEADER = 1 << 20  # bytes of one extended (pax or GNU) header
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -68,6 +74,7 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
     members are not adjacent, a label that is no integer, an archive that is empty, cut off or corrupt.
     """
     where = os.fspath(path)
+    regular_size(where)
     samples: list[Sample] = []
     first: dict[str, _Member] = {}
     with _HeaderFile(where) as file:
@@ -113,12 +120,21 @@ def _check_end(path: str, file: _HeaderFile, stop: int) -> None:
             raise MinerError(f"{path}: data after the end mark at byte {stop}; split joined tars first")
 
 
+def _why_not(name: str) -> str | None:
+    """Why a member of this name is neither read nor written, if so."""
+    if name.startswith("/") or ".." in name.split("/"):
+        return "refused: the name leaves the archive's folder"
+    if CONTROL.search(name):
+        return "refused: control or undecodable characters in the name"
+    if not PICKLES.isdisjoint(name.rpartition("/")[2].lower().split(".")[1:]):
+        return "refused: a pickle, which can run code"
+    return None
+
+
 def _checked(path: str, info: tarfile.TarInfo) -> _Member | None:
     name = info.name
-    if name.startswith("/") or ".." in name.split("/"):
-        raise _fault(path, info, "refused: the name leaves the archive's folder")
-    if CONTROL.search(name):
-        raise _fault(path, info, "refused: control or undecodable characters in the name")
+    if (why := _why_not(name)) is not None:
+        raise _fault(path, info, why)
     if info.type == tarfile.DIRTYPE:
         return None
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or info.sparse is not None:
@@ -127,8 +143,6 @@ def _checked(path: str, info: tarfile.TarInfo) -> _Member | None:
     stem, _, suffix = base.partition(".")
     ext = suffix.lower()
     parts = ext.split(".")
-    if not PICKLES.isdisjoint(parts):
-        raise _fault(path, info, "refused: a pickle, which can run code")
     if not stem or parts[-1] not in LIMITS:
         return None
     if len(parts) > 1:
@@ -156,7 +170,7 @@ def _sample(path: str, descriptor: int, members: list[_Member]) -> Sample | None
 
 def _label(path: str, descriptor: int, member: _Member) -> int:
     text = os.pread(descriptor, member.size, member.offset).strip()
-    if not re.fullmatch(rb"-?[0-9]{1,10}", text) or not -(2**31) <= int(text) < 2**31:
+    if not re.fullmatch(rb"-?[0-9]{1,10}", text) or not -1 <= int(text) < MAX_LABEL:
         raise MinerError(f"{path}: member {member.name!r} at byte {member.header}: {text!r} is no label")
     return int(text)
 
@@ -170,6 +184,21 @@ def _twice(path: str, one: _Member, other: _Member, why: str) -> MinerError:
         f"{path}: key {one.key!r} comes twice: member {one.name!r} at byte {one.header} and {other.name!r} "
         f"at byte {other.header}; {why}"
     )
+
+
+def expand(source: str | os.PathLike[str], target: IO[bytes]) -> None:
+    """Write what a .tar.gz holds to ``target``; MinerError for a broken one and for one that expands too far."""
+    limit = min(MAX_TAR, max(64 << 20, MAX_RATIO * regular_size(os.fspath(source))))
+    written = 0
+    try:
+        with gzip.open(source, "rb") as packed:
+            while block := packed.read(CHUNK):
+                written += len(block)
+                if written > limit:
+                    raise MinerError(f"{source}: expands past {limit} bytes; unpack it yourself if you trust it")
+                target.write(block)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise MinerError(f"{source}: cut off or corrupt gzip ({error}); fetch it again") from None
 
 
 class _Hashed:
@@ -204,8 +233,11 @@ class TarWriter:
     def write(self, name: str, data: bytes) -> int:
         """Append one member; returns the offset of its data in the archive, in bytes.
 
-        Raises MinerError for a name that ustar cannot hold (over 100 bytes) and for a full disk.
+        Raises MinerError for a name that ustar cannot hold (over 100 bytes) or that our own reader would refuse, and
+        for a full disk.
         """
+        if (why := _why_not(name)) is not None:
+            raise MinerError(f"{self.path}: member {name!r}: {why}")
         info = tarfile.TarInfo(name)
         info.size = len(data)
         offset = self._tar.offset + tarfile.BLOCKSIZE

@@ -138,6 +138,9 @@ class ShardState:
             metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
             rule, swept, averaged = metadata["rule"], int(metadata["swept"]), int(metadata["averaged"])
             sound = table.schema.equals(expected) and not any(column.null_count for column in table.columns)
+            if sound and len(table):
+                low, high = pc.min_max(table["excluded"]).as_py().values()
+                sound = 0 <= low <= high < len(REASONS)
         except (KeyError, ValueError):
             sound = False
         if not sound:
@@ -186,7 +189,9 @@ def read_arrow(path: Place) -> pa.Table:
     """Memory-map an Arrow IPC file (at a URL, a copy of it); raises MinerError when it is missing or damaged."""
     try:
         with local_copy(path) as local, pa.memory_map(local) as source:
-            return pa.ipc.open_file(source).read_all()
+            table = pa.ipc.open_file(source).read_all()
+        table.validate(full=True)  # else offsets and codes that point anywhere are followed
+        return table
     except (OSError, pa.ArrowException, ValueError) as error:
         raise MinerError(f"{path}: cannot be read as Arrow ({error}); restore the file or mine again") from None
 
@@ -196,7 +201,14 @@ def load_weights(run: str | os.PathLike[str] | Place) -> pa.Table:
     files: list[Place] = sorted((place(run) / "weights").glob("shard-*.arrow"), key=str)
     if not files:
         raise MinerError(f"{run}: no weights/shard-*.arrow here; finish the run first")
-    return pa.concat_tables([read_arrow(path) for path in files])
+    return pa.concat_tables([_read_table(path) for path in files])
+
+
+def _read_table(path: Place) -> pa.Table:
+    table = read_arrow(path)
+    if not table.schema.equals(TABLE) or any(table[f.name].null_count for f in TABLE if not f.nullable):
+        raise MinerError(f"{path}: not a weights table of this version; mine again")
+    return table
 
 
 def excluded_counts(table: pa.Table) -> dict[str, int]:

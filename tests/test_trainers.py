@@ -126,7 +126,7 @@ def test_missing_tars_and_classes_are_named(folder):
 @pytest.mark.parametrize("text", ["{", "3", '["one"]', '[{"index": 1, "name": "a"}, {"index": 0, "name": "b"}]'])
 def test_bad_classes_are_one_line(folder, text):
     (folder / "classes.json").write_text(text)
-    with pytest.raises(MinerError, match=r"classes\.json: .*JSON list"):
+    with pytest.raises(MinerError, match=r"classes\.json: .*JSON"):
         load_id(str(folder))
 
 
@@ -149,7 +149,7 @@ def test_image_that_does_not_decode_is_named_even_in_a_packed_tar(folder, digits
 def test_broken_gzip_and_broken_tar_name_the_file_of_the_user(folder):
     packed = gzip.compress(os.urandom(4000))
     (folder / "train-000001.tar.gz").write_bytes(packed[:2000])
-    with pytest.raises(MinerError, match=r"train-000001\.tar\.gz: broken gzip"):
+    with pytest.raises(MinerError, match=r"train-000001\.tar\.gz: cut off or corrupt gzip"):
         load_id(str(folder))
     (folder / "train-000001.tar.gz").write_bytes(packed)
     with pytest.raises(MinerError, match=rf"^{folder}/train-000001\.tar\.gz: "):

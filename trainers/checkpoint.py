@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from miner.buckets import BucketPath
 from miner.errors import MinerError
-from miner.files import Place, atomic, local_copy, place
+from miner.files import Place, atomic, local_copy, parse_json, place
 from trainers import models
 
 Where = str | os.PathLike[str] | Place  # a file, or a run directory; local or at a URL
@@ -47,6 +47,8 @@ def load_checkpoint(path: Where) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not found:
             raise MinerError(f"{where}: no {' or '.join(RUN_FILES)} in it; train to the end, or name a checkpoint")
         where = found[0]
+    if isinstance(where, Path) and not where.is_file():
+        raise MinerError(f"{where}: no such checkpoint file")
     try:
         with local_copy(where) as local:
             return _read(str(where), local)
@@ -66,9 +68,16 @@ def _read(where: str, local: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(local, framework="pt", device="cpu") as tensors:
             text = (tensors.metadata() or {}).get("outlier-miner", "{}")
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}, json.loads(text)  # noqa: SIM118
+            state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise MinerError(f"{where}: not a sound safetensors file ({error}); write or fetch it again") from None
+    meta = parse_json(text, where)
+    names = meta.get("classes", []) if isinstance(meta, dict) else None
+    if not isinstance(meta, dict) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise MinerError(f"{where}: its metadata does not make sense; write or fetch it again")
+    if meta.get("model", models.NAMES[0]) not in models.NAMES:
+        raise MinerError(f"{where}: holds {meta['model']!r}, no model of this program; update it")
+    return state, meta
 
 
 def open_checkpoint(path: Where) -> tuple[models.Net, dict[str, Any]]:

@@ -1,7 +1,6 @@
 """ID sets (folders of tars or images, torchvision names, the demo), and whole-batch augmentation of uint8 images."""
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miner.errors import MinerError, UsageError
+from miner.files import read_json
 from miner.images import decode
 from trainers.read import ID_TORCHVISION, Half, image_files, read_image, tar_files, tar_images, torchvision_set
 
@@ -101,7 +101,7 @@ def _load_folder(folder: Path, size: int) -> tuple[tuple[str, ...], Half, Half]:
 def _read_classes(path: Path) -> tuple[str, ...]:
     """Class names in label order from a list of names or of objects {"index": i, "name": ...}."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(str(path))
         names = tuple(str(entry["name"] if isinstance(entry, dict) else entry) for entry in entries)
         ordered = all(entry.get("index", i) == i for i, entry in enumerate(entries) if isinstance(entry, dict))
     except FileNotFoundError:

@@ -1,11 +1,8 @@
 """What ID sets and outlier sets are read from: tars and folders of encoded images, `.npy` arrays, torchvision."""
 
 import contextlib
-import gzip
 import os
-import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from miner.errors import MinerError, disk_full
-from miner.files import read_ranges
+from miner.files import read_ranges, regular_size
 from miner.images import fit
-from miner.tars import IMAGES, MAX_IMAGE, Sample, read_samples
+from miner.sources import NPY_ERRORS
+from miner.tars import IMAGES, MAX_IMAGE, Sample, expand, read_samples
 
 CHUNK = 256  # images read from a tar at once
 Half = tuple[np.ndarray, np.ndarray]  # images uint8 [n, S, S, 3], labels int64 [n]
@@ -49,11 +47,8 @@ def _plain(path: Path) -> Iterator[Path]:
         return
     with tempfile.NamedTemporaryFile(suffix=".tar") as plain:
         try:
-            with gzip.open(path) as packed:
-                shutil.copyfileobj(packed, plain)
+            expand(path, plain)
             plain.flush()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise MinerError(f"{path}: broken gzip ({error}); fetch it again") from None
         except OSError as error:
             raise disk_full(error, plain.name) or error from None
         yield Path(plain.name)
@@ -65,7 +60,7 @@ def image_files(folder: Path) -> list[Path]:
     for where, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(where, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix[1:].lower() in IMAGES)
+    return sorted(path for path in found if path.suffix[1:].lower() in IMAGES and path.is_file())
 
 
 def read_image(path: Path) -> bytes:
@@ -76,12 +71,13 @@ def read_image(path: Path) -> bytes:
 
 def npy(path: Path) -> np.ndarray:
     """A `.npy` array, memory-mapped and read-only. Raises MinerError for a pickle, a cut-off or any other file."""
+    regular_size(str(path))
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except NPY_ERRORS as error:
         if "pickle" in str(error) or "Python objects" in str(error):
             raise MinerError(f"{path}: no plain array but a pickle, which can run code, or no .npy at all") from None
-        raise MinerError(f"{path}: not a sound .npy file ({str(error).splitlines()[0]}); fetch it again") from None
+        raise MinerError(f"{path}: not a sound .npy file ({error}); fetch it again") from None
     if not isinstance(array, np.ndarray):
         raise MinerError(f"{path}: an .npz archive; save its array alone as .npy")
     return array
