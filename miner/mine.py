@@ -47,6 +47,7 @@ class Mining:
         self.dir = RunDir(config.run_dir)
         self.pool = open_pool(config)
         self.times: dict[str, float] = {}
+        self.decoded: set[int] = set()  # shards whose pixels lie in the cache
         self.n = eligible(self.pool)
         check_sizes(config, self.n)
 
@@ -229,7 +230,9 @@ class Mining:
                 self.crew.get(ref)
                 actor, shard = busy.pop(ref)
                 free.append(actor)
-                self.crew.kept()
+                if shard not in self.decoded:  # else it was only mapped again, after a loss
+                    self.decoded.add(shard)
+                    self.crew.kept()
                 self.display.advance(counts[shard])
 
 
