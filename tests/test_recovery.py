@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -371,7 +372,7 @@ def test_a_read_only_disk_is_one_line(base: Config, tmp_path: Path) -> None:
         pytest.skip("cannot mount a tmpfs here")
     words = ["-m", "pipelines.resample", "--pool", base.data.pool, "--out", str(disk / "run"), "--gamma", "0.1"]
     try:
-        done = subprocess.run([shutil.which("python") or "python3", *words], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
     assert done.returncode == 1
