@@ -19,6 +19,7 @@ import tyro
 
 from miner import heartbeat
 from miner.errors import MinerError, UsageError
+from miner.files import Place, place
 from pipelines import cli
 
 FRESH = 30.0  # seconds: a heartbeat comes every two, but a slow disk may hold up some
@@ -33,14 +34,14 @@ class Config:
     """See how a run is doing."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Run directory."""
+    """Run directory, or its URL."""
     json: bool = False
     """One line of JSON instead of text."""
     watch: float | None = None
     """Look again every so many seconds, until the run ends."""
 
 
-def look(run: Path, patience: float = PATIENCE) -> dict[str, Any]:
+def look(run: Place, patience: float = PATIENCE) -> dict[str, Any]:
     """Everything there is to say about a run, as ``--json`` prints it. Raises MinerError when no run can be read.
 
     ``patience``: seconds to watch for a new heartbeat when neither process nor clock tells whether the driver lives.
@@ -76,7 +77,7 @@ def look(run: Path, patience: float = PATIENCE) -> dict[str, Any]:
     return found
 
 
-def _driver(run: Path, status: dict[str, Any], patience: float) -> dict[str, Any]:
+def _driver(run: Place, status: dict[str, Any], patience: float) -> dict[str, Any]:
     """Is the driver that says it runs alive? By its process where that can be seen, else by its heartbeats."""
     age = heartbeat.age(status)
     exists = heartbeat.process_exists(status)
@@ -98,7 +99,7 @@ def _driver(run: Path, status: dict[str, Any], patience: float) -> dict[str, Any
     return {"state": "stopped", "why": f"no heartbeat, and {clock}" if age < 0 else "no heartbeat"}
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(path: Place) -> dict[str, Any] | None:
     """A JSON object, or None where there is no file. Raises MinerError when it is none or cannot be read."""
     try:
         value = json.loads(path.read_text())
@@ -111,7 +112,7 @@ def _json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _last_line(path: Path) -> dict[str, Any] | None:
+def _last_line(path: Place) -> dict[str, Any] | None:
     """The last whole record of metrics.jsonl."""
     try:
         lines = path.read_text().splitlines()
@@ -132,9 +133,9 @@ def _planned(config: dict[str, Any], unit: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _newer(path: Path, other: Path) -> bool:
+def _newer(path: Place, other: Place) -> bool:
     try:
-        return path.stat().st_mtime >= other.stat().st_mtime
+        return isinstance(path, Path) and isinstance(other, Path) and path.stat().st_mtime >= other.stat().st_mtime
     except OSError:
         return False
 
@@ -197,7 +198,7 @@ def main() -> None:
     if config.watch is not None and not config.watch > 0:
         raise UsageError(f"--watch {config.watch:g}: seconds, more than 0")
     while True:
-        found = look(Path(config.run))
+        found = look(place(config.run))
         if config.watch is not None and sys.stdout.isatty() and not config.json:
             print("\x1b[H\x1b[J" + f"{datetime.now(UTC):%H:%M:%S} UTC")  # the screen shows the latest look only
         print(json.dumps(found) if config.json else text(found), flush=True)
