@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from miner.pool import Pool
 from miner.sources import NPY_ERRORS
 
 VERSION = 1  # raise when decoding gives other pixels
+ABANDONED = 3600.0  # seconds without a write after which a half-written array is nobody's
 CHUNK = 256  # images decoded between two writes
 
 
@@ -75,6 +78,11 @@ def _load(stem: str, entry: Shard, size: int) -> tuple[np.ndarray, dict[int, str
 def _build(pool: Pool, shard: int, size: int, stem: str) -> None:
     entry = pool.shards[shard]
     bad: dict[int, str] = {}
+    folder, name = os.path.split(stem)
+    for left in Path(folder).glob(f".{name}.npy.*.tmp"):  # of a process that was killed; others may be at it right now
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
     header = {"descr": "|u1", "fortran_order": False, "shape": (entry.count, size, size, 3)}
     # Without this an old array would pass for the new note's if we stopped between the two.
     with contextlib.suppress(FileNotFoundError):

@@ -58,6 +58,7 @@ class Mining:
         settings = self.config.mining() | {"pool": self.pool.fingerprint, "id": self.id_set.fingerprint}
         with self.dir.locked():
             self.dir.begin(settings, self.config.output.resume)
+            self.dir.tidy()
             self.display.follow(self.dir.path, self.config.game.effective_rounds)
             self.uid_N2, self.repeated = duplicates(self.pool)
             outcome = self.outcome(settings)
@@ -74,6 +75,7 @@ class Mining:
             self.times["total"] = time.monotonic() - started
             summary = outcome.summary(table, subsets) | workers
             summary["seconds"] = {name: round(value, 2) for name, value in self.times.items()}
+            self.dir.tidy()
             summary["bytes_used"] = self.dir.bytes_used()
             write_json(self.dir.path / "summary.json", summary)
         return Mined(self.dir.path, summary, [self.dir.path / name for name in subsets])

@@ -159,6 +159,12 @@ class RunDir:
                 raise MinerError(f"{path}: changed since it was committed")
         return folder
 
+    def tidy(self) -> None:
+        """Remove what killed processes left half-written in a local run directory; its driver alone may."""
+        if isinstance(self.path, Path):
+            for path in self.path.rglob(".*.tmp"):
+                path.unlink(missing_ok=True)
+
     def bytes_used(self) -> int:
         """Bytes of all files in a local run directory; 0 at a URL."""
         if not isinstance(self.path, Path):

@@ -389,3 +389,15 @@ def test_a_clock_that_jumps_changes_nothing(
     assert all(seconds >= 0 for seconds in mined.summary["seconds"].values())
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(record["seconds"] >= 0 for record in records)
+
+
+def test_what_killed_processes_left_is_cleared_away(
+    base: Config, peace: dict[str, str], finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    left = [tmp_path / "run" / name for name in ("subset-0.1/.a.tar.1-ab.tmp", "weights/.b.arrow.2-cd.tmp")]
+    for path in left:
+        path.write_bytes(b"half")
+    run(base, tmp_path / "run")
+    assert not any(path.exists() for path in left)
+    assert result(tmp_path / "run") == peace
