@@ -1,4 +1,4 @@
-"""Kill -9 anything, run the same command again, get the same bytes: one mining under 26 seeded kills, from outside."""
+"""Kill -9 anything, run the same command again, get the same bytes: one mining under 25 seeded kills and more, from outside."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import chaos
 
-KILLS, SEED = 26, 7
+KILLS, SEED = 32, 7
 KINDS = [  # a lost actor costs seconds, a lost driver a start of Ray: the long run is python -m benchmarks.chaos
     *("pool actor", "trainer", "trainer", "pool actor", "driver", "pool actor", "trainer", "pool actor"),
     *("driver, terminated", "trainer", "pool actor", "raylet", "trainer"),
@@ -36,4 +36,4 @@ def test_a_mining_under_fire_ends_in_the_same_bytes(folder: Path) -> None:
     lost = [kill.lost or 0.0 for kill in kills]
     print(f"{len(kills)} kills; lost: mean {sum(lost) / len(lost):.1f} s, most {max(lost):.1f} s")
     start = json.loads((folder / "peace" / "summary.json").read_text())["seconds"]["start"]
-    assert max(lost) <= round_seconds + max(30.0, 3 * start)  # a machine that takes 10 s to start Ray is given more
+    assert max(lost) <= round_seconds + max(30.0, 5 * start)  # a machine that is slow to start Ray is given more
