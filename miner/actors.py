@@ -22,7 +22,6 @@ from miner.pool import Pool
 from miner.rules import RootSums, Sums
 from miner.scores import Scores, scores_file
 from miner.weights import ShardState, final_table, write_arrow
-from trainers.image_set import ImageSet
 
 _DRAW_SALT = 1 << 32  # training draws of round r use salt _DRAW_SALT + r; the permanent number uses salt 0
 
@@ -79,7 +78,7 @@ class PoolShards:
             start.exclude(index["excluded_by"].is_valid().to_numpy(), "exclude-list")
             start.exclude(duplicates, "duplicate")
             start.exclude(self.bad[shard], "decode")
-            start.exclude(np.isin(ImageSet("shard", (images,)).digests(), id_digests), "id-duplicate")
+            start.exclude(np.isin(cache.digests(images), id_digests), "id-duplicate")
             self.excluded[shard] = start["excluded"]
             self.label[shard] = pc.fill_null(index["label"], NO_CLASS).to_numpy().astype(np.int32)
             self.uid[shard] = ranking.uid_words(index["uid"])
@@ -100,7 +99,7 @@ class PoolShards:
 
     def rows_of(self, shard: int, rows: np.ndarray) -> np.ndarray:
         """Images of the given rows, uint8 ``[n, size, size, 3]``."""
-        return self.pixels(shard)[rows]
+        return cache.gather(self.pixels(shard), rows)
 
     # --- score -----------------------------------------------------------------------------------------------
 

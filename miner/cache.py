@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import mmap
 import os
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from miner.images import decode, fit
 from miner.manifest import Shard
 from miner.pool import Pool
 from miner.sources import NPY_ERRORS
+from trainers.image_set import ImageSet
 
 VERSION = 1  # raise when decoding gives other pixels
 ABANDONED = 3600.0  # seconds without a write after which a half-written array is nobody's
@@ -29,10 +31,11 @@ def open_shard(pool: Pool, shard: int, size: int, directory: str | None = None) 
     Returns read-only uint8 [n, size, size, 3], memory-mapped, and {row: reason} (zeros there). The first
     call writes ``<folder>/<size>/000000.npy``: under ``directory`` or $OUTLIER_CACHE where one is given (a quick disk
     of each machine), else in the pool, or for a read-only or remote pool under ~/.cache/outlier-miner.
-    A raw shard of that very size is its own cache. Raises MinerError when the disk is full or the shard cannot be read.
+    A local raw shard of that very size is its own cache. Raises MinerError when the disk is full or the shard cannot be
+    read.
     """
     entry = pool.shards[shard]
-    if entry.kind == "raw" and entry.record_shape == (size, size, 3):
+    if entry.kind == "raw" and entry.record_shape == (size, size, 3) and not is_url(entry.path):
         return pool.records(shard), {}
     stem = os.path.join(_folder(pool, directory), str(size), f"{shard:06d}")
     found = _load(stem, entry, size)
@@ -43,6 +46,27 @@ def open_shard(pool: Pool, shard: int, size: int, directory: str | None = None) 
     if found is None:
         raise MinerError(f"{stem}.npy: changed while it was written; remove it and run again")
     return found
+
+
+def gather(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """A copy of these rows of what ``open_shard`` gave."""
+    found = images[rows]
+    _let_go(images)
+    return found
+
+
+def digests(images: np.ndarray) -> np.ndarray:
+    """``ImageSet.digests`` of what ``open_shard`` gave."""
+    found = ImageSet("shard", (images,)).digests()
+    _let_go(images)
+    return found
+
+
+def _let_go(images: np.ndarray) -> None:
+    """Unmap the pages of a file: they stay in the system's cache, but no process grows as large as the pool."""
+    mapped = getattr(images, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def is_shared(pool: Pool) -> bool:
@@ -77,6 +101,7 @@ def _load(stem: str, entry: Shard, size: int) -> tuple[np.ndarray, dict[int, str
 
 def _build(pool: Pool, shard: int, size: int, stem: str) -> None:
     entry = pool.shards[shard]
+    records = pool.records(shard) if entry.kind == "raw" else None  # at a URL, one request
     bad: dict[int, str] = {}
     folder, name = os.path.split(stem)
     for left in Path(folder).glob(f".{name}.npy.*.tmp"):  # of a process that was killed; others may be at it right now
@@ -92,15 +117,17 @@ def _build(pool: Pool, shard: int, size: int, stem: str) -> None:
         for start in range(0, entry.count, CHUNK):
             rows = range(start, min(start + CHUNK, entry.count))
             # Plain writes, no writable map: a full disk is then an error and not a SIGBUS.
-            file.write(_pixels(pool, shard, rows, size, bad).tobytes())
+            file.write(_pixels(pool, shard, records, rows, size, bad).tobytes())
         with atomic(f"{stem}.json") as note:
             note.write(json.dumps({**_stamp(entry, size), "bad": bad}).encode())
 
 
-def _pixels(pool: Pool, shard: int, rows: range, size: int, bad: dict[int, str]) -> np.ndarray:
+def _pixels(
+    pool: Pool, shard: int, records: np.ndarray | None, rows: range, size: int, bad: dict[int, str]
+) -> np.ndarray:
     pixels = np.zeros((len(rows), size, size, 3), np.uint8)
-    if pool.shards[shard].kind == "raw":
-        for i, record in enumerate(pool.records(shard)[rows.start : rows.stop]):
+    if records is not None:
+        for i, record in enumerate(records[rows.start : rows.stop]):
             pixels[i] = fit(Image.fromarray(np.ascontiguousarray(record)), size)
         return pixels
     for i, data in enumerate(pool.read(shard, rows)):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -16,8 +17,9 @@ from miner.files import Place
 from miner.guard import NO_CLASS
 from miner.neighbors import POINTS_PER_STRATUM, Strata
 from miner.pool import Pool
-from miner.ranking import Words
+from miner.ranking import Floats, Words
 from miner.run_dir import write_file
+from miner.sweep import block_size
 
 FILE = "frozen.safetensors"
 _SAMPLE_SALT = 2  # who is in the sample that strata and boundary are fitted on
@@ -52,15 +54,16 @@ def _fit(config: Config, crew: Crew, pool: Pool, uid_N2: Words, cosine: np.ndarr
     strata = config.strata_for(pool.count)
     if strata > 1:
         crew.display.phase("strata", 1)
-        images, label = sample(config, crew, pool, uid_N2, strata * POINTS_PER_STRATUM)
+        rows, label = sample(config, crew, pool, uid_N2, strata * POINTS_PER_STRATUM)
+        show(config, crew, pool, rows, True)
         if config.selection.guard == "image":
             label = np.full_like(label, NO_CLASS)
-        fitted = crew.get(crew.trainers[0].fit_strata.remote(strata, near, label, *images))
+        fitted = crew.get(crew.trainers[0].fit_strata.remote(strata, near, label))
         found |= fitted._asdict()
     if config.game.rule == "poem":
         crew.display.phase("boundary", 1)
-        images, _ = sample(config, crew, pool, uid_N2, crew.id_images)
-        found["boundary"] = crew.get(crew.trainers[0].fit_boundary.remote(*images))
+        show(config, crew, pool, sample(config, crew, pool, uid_N2, crew.id_images)[0], False)
+        found["boundary"] = crew.get(crew.trainers[0].fit_boundary.remote())
     return found
 
 
@@ -82,15 +85,36 @@ def _hash(tensors: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def sample(config: Config, crew: Crew, pool: Pool, uid_N2: Words, count: int) -> tuple[list[Any], np.ndarray]:
-    """Up to ``count`` eligible rows drawn by the seed: references to their images, an array a shard; their classes."""
+def sample(config: Config, crew: Crew, pool: Pool, uid_N2: Words, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Up to ``count`` eligible rows of the pool drawn by the seed, in order of rows; their classes."""
     uniform = ranking.uniform(uid_N2, config.data.seed, _SAMPLE_SALT)
     columns = crew.each("places")
     eligible, label = (np.concatenate(found) for found in zip(*columns, strict=True))
-    chosen = np.argsort(np.where(eligible, uniform, np.inf), kind="stable")[: eligible.sum()]
-    chosen, edges = np.sort(chosen[:count]), pool.edges
-    parts = []
-    for shard, actor in enumerate(crew.owner):
-        rows = chosen[(chosen >= edges[shard]) & (chosen < edges[shard + 1])] - edges[shard]
-        parts.append(actor.rows_of.remote(shard, rows))
-    return parts, label[chosen]
+    del columns
+    chosen = smallest(uniform, eligible, count)
+    return chosen, label[chosen]
+
+
+def show(config: Config, crew: Crew, pool: Pool, rows: np.ndarray, looks: bool) -> None:
+    """Have the trainer that fits see these rows' images, two blocks of them at once: all would be gigabytes."""
+    edges, owner, size = pool.edges, crew.owner, block_size(config.data.size)
+    waiting: list[Any] = []
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
+        shard = np.searchsorted(edges, block, "right") - 1
+        parts = [owner[s].rows_of.remote(s, block[shard == s] - edges[s]) for s in np.unique(shard).tolist()]
+        waiting.append(crew.trainers[0].see.remote(start == 0, looks, *parts))
+        if len(waiting) > 1:
+            crew.get(waiting.pop(0))
+    crew.get(waiting)
+
+
+def smallest(value_N: Floats, eligible_N: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
+    """Rows of the ``count`` smallest values among eligible rows, in order of rows; of equal values the first rows."""
+    rows = np.flatnonzero(eligible_N)
+    if count >= len(rows):
+        return rows
+    value = value_N[rows]
+    last = np.partition(value, count - 1)[count - 1]
+    tied = np.flatnonzero(value == last)[: count - int((value < last).sum())]
+    return np.sort(np.concatenate([rows[value < last], rows[tied]]))

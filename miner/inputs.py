@@ -12,6 +12,8 @@ from miner.config import MOST_VIEWS, Config
 from miner.errors import UsageError
 from miner.pool import Pool, resolve
 
+AT_ONCE = 1 << 16  # rows compared at once
+
 
 def check(config: Config) -> None:
     """Raise UsageError for values that make no sense, before anything is read or computed."""
@@ -66,16 +68,20 @@ def open_pool(config: Config) -> Pool:
 
 def duplicates(pool: Pool) -> tuple[np.ndarray, list[np.ndarray]]:
     """uids as uint64 ``[N, 2]`` and, per shard, the rows whose bytes an earlier (shard, row) already has."""
-    uid_N2 = ranking.uid_words(pool.index(["uid"])["uid"])
+    uid_N2 = np.empty((pool.count, 2), np.uint64)
+    for (a, b), part in zip(pairwise(pool.edges), pool.index_parts(["uid"]), strict=True):
+        uid_N2[a:b] = ranking.uid_words(part["uid"])
     order = np.lexsort((uid_N2[:, 1], uid_N2[:, 0]))  # stable: equal uids stay in (shard, row) order
     again = np.zeros(len(uid_N2), bool)
-    again[order[1:]] = (uid_N2[order[1:]] == uid_N2[order[:-1]]).all(axis=1)
+    for start in range(0, len(order) - 1, AT_ONCE):
+        rows = order[start : start + AT_ONCE + 1]
+        again[rows[1:]] = (uid_N2[rows[1:]] == uid_N2[rows[:-1]]).all(axis=1)
     return uid_N2, [np.flatnonzero(again[a:b]) for a, b in pairwise(pool.edges)]
 
 
 def eligible(pool: Pool) -> int:
     """N of gamma N: all rows but those on an exclusion list, which were never meant to be in the pool."""
-    return int(pool.index(["excluded_by"])["excluded_by"].null_count)
+    return sum(int(part["excluded_by"].null_count) for part in pool.index_parts(["excluded_by"]))
 
 
 def check_sizes(config: Config, n: int) -> None:

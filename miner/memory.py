@@ -9,7 +9,7 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ _STATUS = {
 }
 # What the processes of a private Ray are called in a table, by what stands in their command line. Those of its workers
 # and agents begin with "ray::" and their name.
-_RAY = {
+RAY = {
     "gcs_server": "gcs_server",
     "raylet/raylet": "raylet",
     "dashboard/dashboard.py": "dashboard",
@@ -78,23 +78,30 @@ def entry(who: str, pid: int | None = None) -> dict[str, Any]:
     return {"who": who, "pid": pid or os.getpid(), "host": socket.gethostname(), **usage(pid)}
 
 
-def ray_processes(known: Sequence[int]) -> list[dict[str, Any]]:
-    """Ray's own processes below this one, i.e. of a private Ray, without the ``known`` pids (actors). Linux only."""
+def below(root: int) -> Iterator[tuple[int, str]]:
+    """Process number and command line of a process and of everything below it. Linux only: nothing elsewhere."""
     children: dict[int, list[int]] = {}
     for folder in PROC.glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(folder.name))
-    found, queue = [], [os.getpid()]
+    queue = [root]
     while queue:
-        for pid in children.get(queue.pop(), []):
-            queue.append(pid)
+        pid = queue.pop()
+        queue += children.get(pid, [])
+        with contextlib.suppress(OSError):
+            yield pid, (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+def ray_processes(known: Sequence[int]) -> list[dict[str, Any]]:
+    """Ray's own processes below this one, i.e. of a private Ray, without the ``known`` pids (actors). Linux only."""
+    found = []
+    for pid, command in below(os.getpid()):
+        name = next((name for part, name in RAY.items() if part in command), None)
+        if (name or command.startswith("ray::")) and pid not in (*known, os.getpid()):
             with contextlib.suppress(OSError):
-                command = (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 title = command.partition("ray::")[2].split() if command.startswith("ray::") else []
-                name = title[0] if title else next((name for part, name in _RAY.items() if part in command), None)
-                if name and pid not in known:
-                    found.append(entry(f"ray: {name}", pid))
+                found.append(entry(f"ray: {title[0] if title else name}", pid))
     return sorted(found, key=lambda row: (row["who"], row["pid"]))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from miner import memory
+from miner import memory, store
 from miner.board import Board
 from miner.cache import is_shared
 from miner.cluster import Crew, Loss
@@ -21,7 +21,7 @@ from miner.inputs import check, check_sizes, duplicates, eligible, open_pool
 from miner.loop import Game, theta_of
 from miner.outcome import Outcome, portable
 from miner.progress import Display
-from miner.rays import LostError, connect
+from miner.rays import LostError, connect, store_use
 from miner.run_dir import RunDir, write_json
 from trainers import models
 from trainers.checkpoint import load_net, pack, save_checkpoint, unpack
@@ -62,7 +62,7 @@ class Mining:
             self.display.follow(self.dir.path, self.config.game.effective_rounds)
             self.uid_N2, self.repeated = duplicates(self.pool)
             outcome = self.outcome(settings)
-            connect(self.config.machines.address)
+            self.connect()
             self.display.joined_ray()
             self.crew = Crew(self.config, self.pool.path, len(self.pool.shards), self.id_set, self.display)
             try:
@@ -79,6 +79,13 @@ class Mining:
             summary["bytes_used"] = self.dir.bytes_used()
             write_json(self.dir.path / "summary.json", summary)
         return Mined(self.dir.path, summary, [self.dir.path / name for name in subsets])
+
+    def connect(self) -> None:
+        """Join Ray, or start one with as large an object store as is needed."""
+        address, wanted = self.config.machines.address, store.needed(self.config, self.pool.count, self.id_set)
+        if address in (None, "local") and (line := store.complaint(wanted)):
+            self.display.say(line)
+        connect(address, object_store_bytes=wanted)
 
     def outcome(self, settings: dict[str, Any]) -> Outcome:
         """What will write the results."""
@@ -148,6 +155,7 @@ class Mining:
             "pool_actors": len(self.crew.pools),
             "trainers": self.crew.get([trainer.where.remote() for trainer in self.crew.trainers]),
             "deaths": self.crew.deaths,
+            "object_store": store_use(),
             "memory": memory.survey(
                 self.crew.get([actor.memory.remote() for actor in [*self.crew.pools, *self.crew.trainers]])
             ),

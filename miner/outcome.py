@@ -39,10 +39,11 @@ class Outcome:
         self.display.phase("rank", 1)
         columns = crew.each("ranking_columns")
         joined = {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
+        total = sum(float(c["weight"].sum()) for c in columns)
+        del columns  # they lie in Ray's object store as long as anybody looks at them
         strata = joined["stratum"] if self.config.strata_for(self.pool.count) > 1 else None
         self.rows = Rows(joined["weight"], self.uid_N2, joined["eligible"], strata)
         rank = ranking.rank_rows(self.rows, self.config.draw, self.config.data.seed)
-        total = sum(float(c["weight"].sum()) for c in columns)
         scale = float(joined["eligible"].sum()) / total
         folder = self.dir.path / "weights"
         folder.mkdir(exist_ok=True)

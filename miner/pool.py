@@ -8,8 +8,9 @@ through fsspec, from a URL; this module only reads, `miner.build` writes.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,12 @@ class Pool:
         """The rows of all shards in order (shard, row), columns as in INDEX_SCHEMA."""
         return self._rows(lambda parquet: parquet.read(columns=columns), range(len(self.shards)))
 
+    def index_parts(self, columns: list[str]) -> Iterator[pa.Table]:
+        """The rows of shard after shard: the index is opened once and never held as a whole."""
+        parquet = self._parquet()
+        for shard in range(len(self.shards)):
+            yield self._rows(partial(_row_group, shard, columns), range(shard, shard + 1), parquet)
+
     @property
     def edges(self) -> np.ndarray:
         """First row of each shard in ``index``, and the number of all rows at the end, int64 [shards + 1]."""
@@ -137,9 +144,8 @@ class Pool:
         if sha256(entry.path, entry.record_offset, entry.bytes) != entry.sha256:
             raise MinerError(f"{entry.path}: its bytes changed since the pool was made (shard {entry.name})")
         expected = self.shard_index(shard, ["uid"]).column("uid").to_pylist()
-        extents = self._ranges(shard)
         for start in range(0, entry.count, 1024):
-            part = extents[start : start + 1024].tolist()
+            part = self._ranges(shard)[start : start + 1024].tolist()
             for row, data in enumerate(read_ranges(entry.path, part), start):
                 if uid_of(data) != expected[row]:
                     raise MinerError(f"{self.path}/index.parquet: another uid in row {row} of {entry.name}")
@@ -162,9 +168,11 @@ class Pool:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise MinerError(f"{path}: damaged ({error}); make the pool again") from None
 
-    def _rows(self, read: Callable[[pq.ParquetFile], pa.Table], shards: range) -> pa.Table:
+    def _rows(
+        self, read: Callable[[pq.ParquetFile], pa.Table], shards: range, parquet: pq.ParquetFile | None = None
+    ) -> pa.Table:
         """What ``read`` reads of the index, checked: the index may come from anywhere, and much is looked up by it."""
-        parquet = self._parquet()
+        parquet = parquet or self._parquet()
         try:
             with explained(self.path):
                 table = read(parquet)
@@ -205,9 +213,8 @@ class Pool:
         local = {shard.path for shard in self.shards if not is_url(shard.path)}
         sizes = {path: regular_size(path) for path in local}
         for shard in self.shards:
-            if shard.path in local and sizes[shard.path] != shard.file_bytes:
-                found = sizes[shard.path]
-                raise MinerError(f"{shard.path}: {found} bytes, not {shard.file_bytes} as recorded; restore it")
+            if shard.path in local and (size := sizes[shard.path]) != shard.file_bytes:
+                raise MinerError(f"{shard.path}: {size} bytes, not {shard.file_bytes} as recorded; restore it")
 
     def _ranges(self, shard: int) -> np.ndarray:
         """(offset, size) of each image of a shard, int64 [n, 2], all inside its file; its uids go to ``_uids``."""
@@ -252,6 +259,10 @@ def resolve(name: str) -> str:
     raise UsageError(f"no pool {name!r} in {pools_folder()}; {hint}")
 
 
+def _row_group(shard: int, columns: list[str] | None, parquet: pq.ParquetFile) -> pa.Table:
+    return parquet.read_row_group(shard, columns=columns)
+
+
 def uid_of(data: bytes | memoryview) -> str:
     """BLAKE2b-128 of an image's stored bytes, 32 hex characters."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -259,10 +270,9 @@ def uid_of(data: bytes | memoryview) -> str:
 
 def fingerprint_of(uids: pa.ChunkedArray) -> str:
     """BLAKE2b-128 of the sorted uids (16 bytes each): the same images give the same name however sharded."""
-    parts = [bytes.fromhex("".join(chunk.to_pylist())) for chunk in uids.chunks]
-    raw = np.frombuffer(b"".join(parts), "S16").copy()
+    raw = np.concatenate([np.frombuffer(bytes.fromhex("".join(part.to_pylist())), "S16") for part in uids.chunks])
     raw.sort()
-    return hashlib.blake2b(raw.tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(raw.view(np.uint8).data, digest_size=16).hexdigest()
 
 
 def _pixels(entry: Shard, data: Any) -> np.ndarray:

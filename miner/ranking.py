@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 Words = NDArray[np.uint64]
 
 DRAWS = ("rank", "eq20", "topk", "random")
-_UIDS = 1 << 16  # uids read at once
+_AT_ONCE = 1 << 16  # rows worked at at once, where temporary arrays would otherwise be as long as the pool
 NO_RANK = np.iinfo(np.uint64).max  # excluded rows stand after all others, whatever gamma
 
 
@@ -30,8 +30,8 @@ def uid_words(uids: pa.Array | pa.ChunkedArray | Sequence[str]) -> Words:
     array = pa.array(uids, pa.string()) if not isinstance(uids, pa.Array | pa.ChunkedArray) else uids
     word_N2, done = np.empty((len(array), 2), np.uint64), 0
     for chunk in getattr(array, "chunks", [array]):
-        for start in range(0, len(chunk), _UIDS):
-            part = chunk.slice(start, _UIDS)
+        for start in range(0, len(chunk), _AT_ONCE):
+            part = chunk.slice(start, _AT_ONCE)
             text = b"".join(part.cast(pa.binary()).to_pylist())
             raw = np.frombuffer(_unhex(text, len(part)), dtype=">u8").reshape(-1, 2)
             word_N2[done : done + len(raw)] = raw
@@ -63,9 +63,13 @@ def uniform(uid_N2: Words, seed: int, salt: int = 0) -> Floats:
     and 80 M of them take seconds. Never exactly 0 or 1.
     """
     keys = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF, salt & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) + np.uint64(0x9E37))
-    with np.errstate(over="ignore"):
-        word_N = _mix(_mix(uid_N2[:, 0] + keys[0]) ^ (uid_N2[:, 1] + _mix(keys[1:] + keys[:1])[0]))
-    return ((word_N >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # one bit more would round up to 1
+    uniform_N = np.empty(len(uid_N2))
+    for start in range(0, len(uid_N2), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        with np.errstate(over="ignore"):
+            word = _mix(_mix(uid_N2[part, 0] + keys[0]) ^ (uid_N2[part, 1] + _mix(keys[1:] + keys[:1])[0]))
+        uniform_N[part] = ((word >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # one bit more: up to 1
+    return uniform_N
 
 
 def draw_keys(weight_N: Floats, uniform_N: Floats) -> Floats:
@@ -97,16 +101,10 @@ def rank_rows(rows: Rows, draw: str, seed: int) -> NDArray[np.uint64]:
     if draw not in DRAWS:
         raise UsageError(f"--draw {draw}: choose one of {', '.join(DRAWS)}")
     members = np.flatnonzero(rows.eligible)
-    uid_M2, weight_M = rows.uid[members], rows.weight[members]
-    u_M = uniform(uid_M2, seed)
-    if draw == "random":
-        key_M = u_M
-    elif draw == "topk":
-        key_M = -weight_M
-    else:
-        with np.errstate(divide="ignore", over="ignore"):
-            key_M = np.where(weight_M > 0, u_M / weight_M, np.inf)
-    order = np.lexsort((uid_M2[:, 1], uid_M2[:, 0], key_M))
+    key_M = _keys(rows, draw, seed)[members]
+    order = np.argsort(key_M, kind="stable")
+    _settle_ties(order, key_M, rows.uid, members)
+    del key_M  # arrays as long as the pool: no more of them at once than needed
     if rows.stratum is not None and draw not in ("random", "eq20"):
         order = order[_interleave(rows.stratum[members][order])]
     rank = np.full(len(rows.weight), NO_RANK, dtype=np.uint64)
@@ -114,13 +112,43 @@ def rank_rows(rows: Rows, draw: str, seed: int) -> NDArray[np.uint64]:
     return rank
 
 
+def _keys(rows: Rows, draw: str, seed: int) -> Floats:
+    """What rows are ordered by, ``[N]``, excluded ones too."""
+    if draw == "random":
+        return uniform(rows.uid, seed)
+    if draw == "topk":
+        return -rows.weight
+    key_N = uniform(rows.uid, seed)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        np.divide(key_N, rows.weight, out=key_N)
+    key_N[~(rows.weight > 0)] = np.inf
+    return key_N
+
+
+def _settle_ties(order: NDArray[np.int64], key_M: Floats, uid_N2: Words, members: NDArray[np.int64]) -> None:
+    """Bring rows of equal keys in ``order`` (sorted by key) into the order of their uids, in place."""
+    tied = np.zeros(len(order), bool)
+    for start in range(0, len(order) - 1, _AT_ONCE):
+        key = key_M[order[start : start + _AT_ONCE + 1]]
+        same = key[1:] == key[:-1]
+        tied[start : start + len(same)] |= same
+        tied[start + 1 : start + 1 + len(same)] |= same
+    places = np.flatnonzero(tied)  # few: the keys are random numbers, as a rule
+    rows = order[places]
+    uid = uid_N2[members[rows]]
+    order[places] = rows[np.lexsort((uid[:, 1], uid[:, 0], key_M[rows]))]
+
+
 def _interleave(stratum_M: NDArray[np.int32]) -> NDArray[np.int64]:
     """Order that lets strata take turns; ``stratum_M`` is in ranked order, which also settles turns at a tie."""
     by_stratum = np.argsort(stratum_M, kind="stable")
     starts = np.flatnonzero(np.diff(stratum_M[by_stratum], prepend=stratum_M[by_stratum][:1] - 1))
     lengths = np.diff(np.append(starts, len(stratum_M)))
-    position = np.empty(len(stratum_M), dtype=np.int64)
-    position[by_stratum] = np.arange(len(stratum_M)) - np.repeat(starts, lengths)
+    turn = np.arange(len(stratum_M))
+    turn -= np.repeat(starts, lengths)
+    position = np.empty_like(turn)
+    position[by_stratum] = turn
+    del by_stratum, turn
     return np.argsort(position, kind="stable")
 
 

@@ -30,11 +30,12 @@ class LostError(MinerError):
     """A worker process, or what it held, is gone: its work can be done again by another one."""
 
 
-def connect(address: str | None, num_cpus: int | None = None) -> int:
+def connect(address: str | None, num_cpus: int | None = None, object_store_bytes: int | None = None) -> int:
     """Join the Ray cluster at ``address``, or start one for this process alone; returns its number of CPU slots.
 
-    Never joins a cluster that merely happens to run here. Its own listens on loopback addresses only, and asks for a
-    token unless RAY_AUTH_MODE says otherwise. Raises MinerError when none answers at ``address``.
+    Never joins a cluster that merely happens to run here. Its own listens on loopback addresses only, asks for a token
+    unless RAY_AUTH_MODE says otherwise, and gets an object store of at most ``object_store_bytes``, by default Ray's
+    third of the machine. Raises MinerError when none answers at ``address``.
     """
     if ray.is_initialized():
         return max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -44,6 +45,8 @@ def connect(address: str | None, num_cpus: int | None = None) -> int:
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     own = address in (None, "local")
     options: dict[str, Any] = {"num_cpus": num_cpus, "include_dashboard": False} if own else {}
+    if own and object_store_bytes:
+        options["object_store_memory"] = object_store_bytes
     # Waiting threads must not spin: torch and faiss bring a thread pool each, and few cores serve both.
     if own:  # Ray's processes inherit it; for a runtime_env they would be started anew
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -57,6 +60,8 @@ def connect(address: str | None, num_cpus: int | None = None) -> int:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
+        if object_store_bytes and "object store" in first:
+            raise MinerError(f"Ray has no room for {object_store_bytes:,} bytes of shared objects: {first}") from None
         raise MinerError(f"--address {address}: cannot join Ray ({first}); check it, or leave it out") from None
     except Exception as error:  # Ray's own start-up has no type for it
         if "timed out" not in str(error):
@@ -101,6 +106,24 @@ def _private_token(path: Path) -> None:
         with contextlib.suppress(FileExistsError):  # another command made it meanwhile: that one is in use
             os.link(part, path)
         part.unlink()
+
+
+def store_use() -> dict[str, int]:
+    """Ray's object store on all nodes, bytes: ``capacity``, ``used`` now, ``spilled`` to disk since Ray started.
+
+    Ray tells this only through what ``ray memory`` uses, which is not public: where that is gone, nothing is known.
+    """
+    try:
+        from ray._private import internal_api, state
+
+        stats = internal_api.get_memory_info_reply(state.state, timeout_seconds=10.0).store_stats
+        return {
+            "capacity": int(stats.object_store_bytes_avail),
+            "used": int(stats.object_store_bytes_used),
+            "spilled": int(stats.spilled_bytes_total),
+        }
+    except Exception:  # whatever another version of Ray may raise: figures must not end a run
+        return {}
 
 
 def _knock(address: str) -> None:

@@ -63,30 +63,38 @@ def write_subset(
     for stale in folder.glob("outliers-*.tar"):
         stale.unlink()
     places = _places(pool, chosen)
-    tars, rows = [], []
+    tars, tables = [], [MANIFEST.empty_table()]
     for number, start in enumerate(range(0, len(chosen), PER_TAR)):
         name = f"outliers-{number:06d}.tar"
         part = slice(start, start + PER_TAR)
         with TarWriter(folder / name) as tar:
-            rows += _fill(tar, name, pool, chosen.slice(start, PER_TAR), {k: v[part] for k, v in places.items()})
-        count = len(rows) - start
-        tars.append({"name": name, "count": count, "bytes": tar.size, "sha256": tar.sha256})
-        advance(count)
-    manifest = pa.Table.from_pylist(rows, schema=MANIFEST)
+            rows = _fill(tar, name, pool, chosen.slice(start, PER_TAR), {k: v[part] for k, v in places.items()})
+        tables.append(pa.Table.from_pylist(rows, schema=MANIFEST))  # Python's objects never for more than one tar
+        tars.append({"name": name, "count": len(rows), "bytes": tar.size, "sha256": tar.sha256})
+        advance(len(rows))
+    manifest = pa.concat_tables(tables).combine_chunks()
     with atomic(folder / "manifest.parquet") as sink:
         pq.write_table(manifest, sink, compression="zstd")
     write_json(folder / "sizes.json", {tar["name"]: tar["count"] for tar in tars})
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "count": len(rows),
-        "fingerprint": hashlib.blake2b("".join(sorted(r["uid"] for r in rows)).encode(), digest_size=16).hexdigest(),
+        "count": len(manifest),
+        "fingerprint": _fingerprint(manifest["uid"]),
         **recipe,
         "tars": tars,
         "manifest_sha256": sha256(folder / "manifest.parquet"),
     }
     write_json(folder / "subset.json", content)
     return content
+
+
+def _fingerprint(uids: pa.ChunkedArray) -> str:
+    """BLAKE2b-128 of the sorted uids."""
+    digest, rising = hashlib.blake2b(digest_size=16), uids.take(pc.sort_indices(uids))
+    for start in range(0, len(rising), PER_TAR):
+        digest.update("".join(rising.slice(start, PER_TAR).to_pylist()).encode())
+    return digest.hexdigest()
 
 
 def is_written(folder: Place, chosen: pa.Table, recipe: dict[str, Any]) -> dict[str, Any] | None:

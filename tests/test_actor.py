@@ -84,8 +84,12 @@ def test_strata_are_fitted_on_what_the_guard_spares(small_set: IdSet) -> None:
     cosine = [actor.nearest.query(actor.features(part))[2].mean() for part in (mixed[:64], far)]  # type: ignore[union-attr]
     assert cosine[0] > cosine[1]
     threshold = float(np.mean(cosine))
-    spared = actor.fit_strata(4, threshold, labels, mixed)
-    alone = actor.fit_strata(4, np.inf, np.full(64, NO_CLASS, np.int32), far)
+    actor.see(True, True, mixed[:32])  # of a fit that came to nothing
+    actor.see(True, True, mixed[:40], mixed[40:64])
+    actor.see(False, True, mixed[64:])
+    spared = actor.fit_strata(4, threshold, labels)
+    actor.see(True, True, far)
+    alone = actor.fit_strata(4, np.inf, np.full(64, NO_CLASS, np.int32))
     for one, other in zip(spared, alone, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -93,6 +97,7 @@ def test_strata_are_fitted_on_what_the_guard_spares(small_set: IdSet) -> None:
 def test_dos_clusters_its_unit_features(small_set: IdSet) -> None:
     actor = trainer(small_set, rule="dos")
     actor.look_up_id()
-    strata = actor.fit_strata(5, np.inf, np.zeros(300, np.int32), small_set.train_images)
+    actor.see(True, True, small_set.train_images)
+    strata = actor.fit_strata(5, np.inf, np.zeros(300, np.int32))
     assert strata.centroids.shape == (5, actor.net.feature_dim)
     np.testing.assert_array_equal(strata.axes, np.eye(actor.net.feature_dim))

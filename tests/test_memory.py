@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from multiprocessing import shared_memory
 from pathlib import Path
 
@@ -83,6 +84,21 @@ def test_systems_without_proc_tell_the_peak(monkeypatch: pytest.MonkeyPatch) -> 
     assert memory.ray_processes([]) == []
     with pytest.raises(ProcessLookupError):
         memory.usage(1)
+
+
+@needs_proc
+def test_everything_below_a_process_is_found() -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()', 'inner'])"
+    with subprocess.Popen([sys.executable, "-c", code, "outer"], stdin=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        end = time.monotonic() + 20
+        while len(found := dict(memory.below(child.pid))) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        child.stdin.write(b"\n")
+        child.stdin.close()
+    assert "outer" in found.pop(child.pid)
+    assert "inner" in found.popitem()[1]
+    assert list(memory.below(child.pid)) == []
 
 
 def test_a_process_that_is_gone_is_an_error() -> None:

@@ -68,6 +68,7 @@ class Trainer:
         self.nearest: NearestID | None = None
         self.strata: Strata | None = None
         self.id_features: np.ndarray | None = None  # between ``look_up_id`` and ``fit_boundary`` only
+        self.seen: list[tuple[np.ndarray, np.ndarray]] = []  # between ``see`` and a fit
         self.id_near: np.ndarray | None = None
         self.boundary: np.ndarray | None = None
         self.told: dict[str, Any] = {}
@@ -183,9 +184,19 @@ class Trainer:
         self.id_near = self.nearest.query(features[rows])[2]
         return self.id_near
 
-    def fit_strata(self, strata: int, near: float, labels: np.ndarray, *parts: np.ndarray) -> Strata:
-        """Strata of the given images that the leak guard would spare, given their classes in the pool (-1: none)."""
-        features, _, looks = self._look(np.concatenate(parts))
+    def see(self, first: bool, looks: bool, *parts: np.ndarray) -> None:
+        """Keep features, and ``looks``, of these images for the next fit; the ``first`` call forgets earlier ones."""
+        images, before = np.concatenate(parts), [] if first else self.seen
+        features, _, found = self._look(images) if looks else (self.features(images), None, np.empty(0))
+        self.seen = [*before, (features, found)]
+
+    def _seen(self) -> list[np.ndarray]:
+        seen, self.seen = self.seen, []
+        return [np.concatenate(parts) for parts in zip(*seen, strict=True)]
+
+    def fit_strata(self, strata: int, near: float, labels: np.ndarray) -> Strata:
+        """Strata of those seen that the leak guard would spare, given their classes in the pool (-1: none)."""
+        features, looks = self._seen()
         if np.isfinite(near) and self.nearest is not None:
             spared = ~near_id(self.nearest.query(features)[2], labels, near)
             looks = looks[spared] if spared.any() else looks
@@ -196,12 +207,12 @@ class Trainer:
         """Strata that ``score`` assigns images to."""
         self.strata = strata
 
-    def fit_boundary(self, *parts: np.ndarray) -> np.ndarray:
-        """POEM's w, float64 ``[D]``: one posterior draw, fitted on the ID set's features and the given images'.
+    def fit_boundary(self) -> np.ndarray:
+        """POEM's w, float64 ``[D]``: one posterior draw, fitted on the features of the ID set and of those seen.
 
         Needs ``look_up_id(keep=True)`` before it. Raises MinerError when features are not finite.
         """
-        outliers = check_finite(self.features(np.concatenate(parts)))
+        outliers = check_finite(self._seen()[0])
         assert self.id_features is not None
         mean, precision = poem_posterior(check_finite(self.id_features), outliers)
         self.id_features = None

@@ -35,7 +35,7 @@ class Net(nn.Module):
         maps = [x]
         for start, stop in pairwise((0, *self.cuts, len(self.body))):
             maps.append(self.body[start:stop](maps[-1]))
-        looks = [part for m in maps for part in (_global_mean(m.float()), m.float().flatten(2).std(dim=2))]
+        looks = [part for m in maps for part in (_global_mean(m.float()), _deviation(m.float()))]
         return _global_mean(maps[-1]), torch.cat(looks, dim=1)
 
     def mixed_features(self, inside: Tensor, outside: Tensor, lam: float, layer: int) -> Tensor:
@@ -58,6 +58,12 @@ def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Con
 
 def _global_mean(x: Tensor) -> Tensor:
     return x.mean(dim=(2, 3))
+
+
+def _deviation(x: Tensor) -> Tensor:
+    """Standard deviation over positions; 0 of a single position, which the last map of images of 8 px is."""
+    positions = x.flatten(2)
+    return positions.std(dim=2) if positions.shape[2] > 1 else torch.zeros_like(positions[:, :, 0])
 
 
 class Small(Net):

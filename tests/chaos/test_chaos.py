@@ -1,4 +1,4 @@
-"""Kill -9 anything, run the same command again, get the same bytes: one mining under 25 seeded kills and more, from outside."""
+"""Kill -9 anything, run the same command again, get the same bytes: one mining under 25 seeded kills, from outside."""
 
 import json
 from pathlib import Path
