@@ -121,7 +121,10 @@ class RunDir:
         return self.path / "scores"
 
     def _old(self, config: Place) -> dict[str, Any]:
-        old = read_json(config)
+        try:
+            old = read_json(config)
+        except MinerError as error:
+            raise MinerError(f"{config}: damaged ({error}); choose another --out") from None
         if not isinstance(old, dict) or old.get("unit") != self.unit:
             raise MinerError(f"{config}: belongs to another command; choose another --out")
         return old

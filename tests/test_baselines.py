@@ -303,6 +303,7 @@ def test_poem_ranks_by_one_boundary(
 def test_a_rule_s_weights_are_taken_once_a_round(pool: Pool, digits: IdSet) -> None:
     shards = PoolShards(pool.path, 32, 5, "ntom", 1.0)
     shards.prepare(0, np.array([], np.int64), np.array([], "S16"))
+    shards.reset(0)
     state = shards.state[0]
     sums, first = shards.sums(0), np.linspace(2, 0.1, int(state.eligible.sum()))
     shards.take_weights(0, first, 0)

@@ -1,5 +1,6 @@
 """The reweighting rules against closed forms, autograd and a dense rewrite of the released learner."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ def open_shards(pool: str, rule: str, eta: float = 1.0) -> PoolShards:
     for shard in range(3):
         repeated = np.array([3, 40] if shard != 1 else [], dtype=np.int64)
         assert shards.prepare(shard, repeated, np.array([], "S16")) == []
+        shards.reset(shard)
     return shards
 
 
@@ -229,6 +231,18 @@ def test_hedge_does_nothing_when_all_losses_are_equal() -> None:
     assert rules.hedge(log, loss, sums, rules.loss_std(sums), 1.0) == pytest.approx(log, abs=1e-6)
 
 
+def score(shards: PoolShards, s: int, loss: np.ndarray) -> np.ndarray:
+    """One sweep over a shard, as a single block; its rows."""
+    folder = os.path.join(shards.pool.path, "scores")
+    count, mask = shards.open_sweep(s, folder, "a sweep")
+    rows = np.flatnonzero(np.unpackbits(mask, count=len(loss)))
+    assert len(rows) == count
+    taken = shards.take_scores(s, rows, {"loss": loss[rows].astype(np.float32)}, folder, "kept under another name")
+    assert taken
+    assert not shards.take_scores(s, rows, {"loss": np.zeros(len(rows), np.float32)}, folder, "twice")
+    return rows
+
+
 def play_round(
     shards: PoolShards,
     round_: int,
@@ -239,8 +253,7 @@ def play_round(
 ) -> Sums:
     """What loop.Game.update does, without Ray."""
     for s in range(3):
-        shards.open_sweep(s)
-        shards.take_scores(s, 0, {"loss": loss[s][shards.rows[s]]})
+        score(shards, s, loss[s])
         shards.close_sweep(s, round_, 0.0, np.zeros(0))
     before = rules.add_sums([shards.sums(s) for s in range(3)])
     total = sum(shards.update(s, round_, before, scale, level) for s in range(3))
@@ -336,18 +349,18 @@ def test_smoothing_moves_losses_towards_the_mean_of_their_class(pool: str) -> No
     shards = open_shards(pool, "hedge")
     rng = np.random.default_rng(8)
     loss = [rng.exponential(1.0, n).astype(np.float32) for n in SIZES]
+    rows_of: list[np.ndarray] = []
     for s in range(3):
         shards.label[s] = rng.integers(NO_CLASS, 3, SIZES[s]).astype(np.int32)
         shards.label[s][~shards.state[s].eligible] = 7  # a class that no scored image has
-        shards.open_sweep(s)
-        shards.take_scores(s, 0, {"loss": loss[s][shards.rows[s]]})
+        rows_of.append(score(shards, s, loss[s]))
     means = class_means([shards.class_sums(s) for s in range(3)])
-    scored = np.concatenate([loss[s][shards.rows[s]] for s in range(3)]).astype(np.float64)
-    label = np.concatenate([shards.label[s][shards.rows[s]] for s in range(3)])
+    scored = np.concatenate([loss[s][rows_of[s]] for s in range(3)]).astype(np.float64)
+    label = np.concatenate([shards.label[s][rows_of[s]] for s in range(3)])
     for family in range(3):
         np.testing.assert_allclose(means[family], scored[label == family].mean(), rtol=1e-9)
     for s in range(3):
-        rows = shards.rows[s]
+        rows = rows_of[s]
         shards.close_sweep(s, 0, 0.25, means)
         mean = np.where(shards.label[s][rows] < 0, loss[s][rows], means[shards.label[s][rows]])
         expected = 0.75 * loss[s][rows] + 0.25 * mean
