@@ -67,8 +67,7 @@ class Mining:
             self.crew = Crew(self.config, self.pool.path, len(self.pool.shards), self.id_set, self.display)
             try:
                 self.times["start"] = time.monotonic() - started
-                table = self.mined(outcome)
-                workers = self.workers()
+                table, workers = self.mined(outcome)
             finally:
                 self.crew.dismiss()
             subsets = self.timed("export", outcome.export, table)
@@ -103,8 +102,8 @@ class Mining:
 
     # --- with actors, whatever becomes of them -------------------------------------------------------------------
 
-    def mined(self, outcome: Outcome) -> pa.Table:
-        """The weights table. When a process is lost, it is replaced and all go on from what was kept."""
+    def mined(self, outcome: Outcome) -> tuple[pa.Table, dict[str, Any]]:
+        """The weights table, and who worked on it. When a process is lost, it is replaced and all go on from what was kept."""
         losses: list[Loss] = []
         while True:
             try:
@@ -114,7 +113,7 @@ class Mining:
                 while losses:
                     self.crew.record(losses.pop(0))
                 self.timed("game", self.play, game, first)
-                return self.timed("rank", outcome.rank, self.crew)
+                return self.timed("rank", outcome.rank, self.crew), self.workers()
             except LostError as error:
                 losses.append(self.crew.mend(error))
 

@@ -495,6 +495,7 @@ def test_a_subset_that_does_not_fit_is_written_again(plain: Mined, base: Config,
     tar = tmp_path / "run" / "subset-0.1" / "outliers-000000.tar"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (tar.stat().st_size // 2, hard))
+    tar.unlink()  # a subset that is whole would be left alone
     try:
         error = failure(config)
     finally:

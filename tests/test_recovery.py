@@ -204,7 +204,7 @@ POOL, TRAINER = b"ray::PoolShards", b"ray::Trainer"
     ("title", "phase"),
     [
         *((POOL, phase) for phase in ("decode", "2/2 score", "2/2 update", "1/2 commit", "rank")),
-        *((TRAINER, phase) for phase in ("strata", "2/2 score", "1/2 train")),
+        *((TRAINER, phase) for phase in ("strata", "2/2 score", "1/2 train", "rank")),
     ],
 )
 def test_a_killed_actor_is_replaced(
