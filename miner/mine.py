@@ -103,7 +103,7 @@ class Mining:
     # --- with actors, whatever becomes of them -------------------------------------------------------------------
 
     def mined(self, outcome: Outcome) -> tuple[pa.Table, dict[str, Any]]:
-        """The weights table, and who worked on it. When a process is lost, it is replaced and all go on from what was kept."""
+        """The weights table, and who worked on it. Lost processes are replaced, and all go on from what was kept."""
         losses: list[Loss] = []
         while True:
             try:
