@@ -28,7 +28,8 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def test_fields_and_tracebacks_are_in_the_line(tmp_path: Path) -> None:
-    logs.start(tmp_path, "pool-3")
+    assert logs.start(tmp_path, "pool-3") is not None
+    assert not log.propagate
     log.info("shard %d decoded", 4, extra={"shard": np.int64(4), "seconds": np.float32(0.5), "where": tmp_path})
     try:
         raise ValueError("two\nlines, \udcff")

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.root: str | None = None
+        self.thread = 0  # Ray and others have threads of their own in a process that runs more than trials
         self.code = tuple(str(Path(path).resolve()) for path in {sys.prefix, sys.base_prefix, *sys.path} if path)
         self.seen: list[str] = []
         sys.addaudithook(self._hook)
@@ -47,14 +49,14 @@ class Watch:
     @contextmanager
     def on(self, root: Path) -> Iterator[None]:
         """Record what happens inside; ``root`` is the folder that may be read and written."""
-        self.seen, self.root = [], str(root)
+        self.seen, self.root, self.thread = [], str(root), threading.get_ident()
         try:
             yield
         finally:
             self.root = None
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
-        if self.root is None:
+        if self.root is None or threading.get_ident() != self.thread:
             return
         if event in RUNS_CODE:
             self.seen.append(f"{event} {args!r:.200}")
