@@ -120,7 +120,9 @@ class Pool:
         for row, data in zip(rows, found, strict=True):
             if hashlib.blake2b(data, digest_size=16).digest() != uids[row].tobytes():
                 raise MinerError(f"{entry.path}: image {row} changed since the pool was made; restore this file")
-        return found if entry.kind == "tar" else [png(_pixels(entry, data)[0]) for data in found]
+        return (
+            found if entry.kind == "tar" else [png(_pixels(entry, np.frombuffer(data, np.uint8))[0]) for data in found]
+        )
 
     def records(self, shard: int) -> np.ndarray:
         """Read-only uint8 [n, H, W, 3] of a raw shard: a view into the file when it is local."""
@@ -275,9 +277,9 @@ def fingerprint_of(uids: pa.ChunkedArray) -> str:
     return hashlib.blake2b(raw.view(np.uint8).data, digest_size=16).hexdigest()
 
 
-def _pixels(entry: Shard, data: Any) -> np.ndarray:
-    """Bytes of whole records as uint8 [n, H, W, 3], without a copy."""
+def _pixels(entry: Shard, flat: np.ndarray) -> np.ndarray:
+    """Bytes of whole records, uint8 [bytes], as uint8 [n, H, W, 3] without a copy; a map of a file stays one."""
     height, width, channels = entry.record_shape
     shape = entry.record_shape if entry.order == "C" else (channels, width, height)
-    stacked = np.frombuffer(data, np.uint8).reshape(-1, *shape)
+    stacked = flat.reshape(-1, *shape)
     return stacked if entry.order == "C" else stacked.transpose(0, 3, 2, 1)
