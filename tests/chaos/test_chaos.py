@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import chaos
 
-KILLS, SEED = 32, 7
+KILLS, SEED = 40, 7
 KINDS = [  # a lost actor costs seconds, a lost driver a start of Ray: the long run is python -m benchmarks.chaos
     *("pool actor", "trainer", "trainer", "pool actor", "driver", "pool actor", "trainer", "pool actor"),
     *("driver, terminated", "trainer", "pool actor", "raylet", "trainer"),
