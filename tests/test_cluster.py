@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from ray.cluster_utils import Cluster
 
-from benchmarks.chaos import phase_of, result
+from benchmarks.chaos import phase_of, processes, result
 from miner import demo, load_subset
 from miner.build import write_arrays_pool
 
@@ -87,9 +87,16 @@ def test_a_cluster_that_loses_a_node_gives_the_bytes_of_one_machine(
     pool: Path, here: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
     """Three nodes, a pool actor on each, two trainers; one node is killed in the middle of a round."""
-    nodes = sorted(cluster.worker_nodes, key=lambda node: str(node.node_id))
+    node = min(cluster.worker_nodes, key=lambda node: str(node.node_id))
+
+    def lose() -> None:
+        (raylet,) = node.all_processes["raylet"]
+        for pid in processes(raylet.process.pid):  # as a machine goes: all at once, not the workers some time later
+            os.kill(pid, signal.SIGKILL)
+        cluster.remove_node(node, allow_graceful=False)
+
     command = words(pool, tmp_path / "run", f"--address={cluster.address}", "--pool-actors=3", "--trainers=2")
-    summary = disturbed(command, tmp_path / "run", "train", lambda: cluster.remove_node(nodes[0], allow_graceful=False))
+    summary = disturbed(command, tmp_path / "run", "train", lose)
     assert result(tmp_path / "run") == result(here)
     assert len(summary["deaths"]) >= 1
     assert summary["pool_actors"] == 3

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import ray
 
 from benchmarks.chaos import half_written, processes, result
+from benchmarks.slow import Slow
 from miner import demo, loop, sweep
 from miner.build import write_arrays_pool
 from miner.cluster import Crew
@@ -246,27 +246,6 @@ def test_losses_without_end_are_an_error(base: Config, tmp_path: Path, monkeypat
     with pytest.raises(MinerError, match="2 times in a row without progress") as failure:
         run(base, tmp_path / "run")
     assert not isinstance(failure.value, LostError)
-
-
-class Slow:
-    """A process that runs for a twentieth of the time only: stopped and let go ten times a second, from outside."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid, self.over = pid, threading.Event()
-        self.thread = threading.Thread(target=self._hold)
-        self.thread.start()
-
-    def _hold(self) -> None:
-        while not self.over.is_set():
-            os.kill(self.pid, signal.SIGSTOP)
-            self.over.wait(0.095)
-            os.kill(self.pid, signal.SIGCONT)
-            self.over.wait(0.005)
-
-    def end(self) -> None:
-        """Full speed again."""
-        self.over.set()
-        self.thread.join()
 
 
 def test_a_slow_actor_does_not_hold_the_round(
