@@ -1,0 +1,128 @@
+"""How long a round takes when one pool actor is slow, against the same round when none is.
+
+    python -m benchmarks.slow --repeat 5
+
+Mines two rounds of the demo's pool again and again, with and without a pool actor that runs for a twentieth of the
+time only while the pool is scored (stopped and let go ten times a second, from outside). Prints the scoring time of
+each pair, the median ratio, and how many blocks the others took over. Ends with an error unless every run has the
+same weights.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+
+from benchmarks.chaos import processes
+from miner import demo
+from miner.build import write_arrays_pool
+from miner.config import Config, Data, Game, Output
+from miner.files import sha256
+from miner.mine import Mining
+from miner.progress import Display
+from miner.rays import connect
+from trainers.actor import Trainer
+from trainers.checkpoint import save_checkpoint
+from trainers.config import PretrainConfig
+from trainers.data import load_id
+
+POOL_ACTOR = b"ray::PoolShards"
+SHARDS = 12
+
+
+class Slow:
+    """A process that runs for a twentieth of the time only, until ``end``."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.over = pid, threading.Event()
+        self.thread = threading.Thread(target=self._hold)
+        self.thread.start()
+
+    def _hold(self) -> None:
+        while not self.over.is_set():
+            os.kill(self.pid, signal.SIGSTOP)
+            self.over.wait(0.095)
+            os.kill(self.pid, signal.SIGCONT)
+            self.over.wait(0.005)
+
+    def end(self) -> None:
+        """Full speed again."""
+        self.over.set()
+        self.thread.join()
+
+
+class Watch(Display):
+    """Slows a pool actor down while the second round scores, if ``slowing``; the first one is for warming up."""
+
+    def __init__(self, slowing: bool) -> None:
+        super().__init__()
+        self.slowing = slowing
+        self.slow: Slow | None = None
+
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        """A phase begins, and the one before has ended."""
+        if self.slow is not None:
+            self.slow.end()
+            self.slow = None
+        super().phase(name, total, done)
+        if self.slowing and name == "round 2/2 score":
+            pids = [pid for pid, line in processes(os.getpid()).items() if line.startswith(POOL_ACTOR)]
+            self.slow = Slow(min(pids))
+
+
+def prepare(folder: Path) -> Config:
+    """The demo's pool in many shards and a short-trained classifier."""
+    images, labels = demo.pool_arrays()
+    (folder / "pool").mkdir(parents=True)
+    write_arrays_pool(str(folder / "pool"), "slow", images, labels, demo.FAMILIES, shard_count=SHARDS)
+    trainer = Trainer("small", load_id("demo"), seed=0, game=Game())
+    trainer.pretrain(PretrainConfig(epochs=1, batch=64, lr=0.1))
+    net = folder / "net.safetensors"
+    save_checkpoint(net, trainer.net, {"model": "small", "classes": list(trainer.id_set.classes)})
+    return Config(data=Data(pool=str(folder / "pool"), checkpoint=str(net)), game=Game(rounds=2, steps=1))
+
+
+def once(config: Config, out: Path, slowing: bool) -> tuple[float, int, str]:
+    """Seconds that the second round scored, blocks that others took over, SHA-256 of the weights."""
+    with Watch(slowing) as display:
+        Mining(replace(config, output=Output(out=str(out))), display).run_all()
+    record = json.loads((out / "metrics.jsonl").read_text().splitlines()[1])
+    seconds = record["scored"] / record["score_images_per_s"]
+    return seconds, record["blocks_lent"], sha256(out / "weights" / "part-000000.arrow")
+
+
+def main() -> None:
+    """Pairs of runs, in turn."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.slow", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeat", type=int, default=5, help="pairs of runs")
+    asked = parser.parse_args()
+    connect(None)
+    with tempfile.TemporaryDirectory(prefix="slow-") as temporary:
+        folder = Path(temporary)
+        config = prepare(folder)
+        found = set()
+        ratios = []
+        for number in range(asked.repeat):
+            even, _, expected = once(config, folder / f"even-{number}", slowing=False)
+            slow, lent, digest = once(config, folder / f"slow-{number}", slowing=True)
+            found |= {expected, digest}
+            ratios.append(slow / even)
+            print(f"{number + 1}. even {even:.2f} s, one slow {slow:.2f} s ({lent} blocks taken over)", flush=True)
+    ray.shutdown()
+    print(f"median ratio {statistics.median(ratios):.2f} over {asked.repeat} pairs; {len(found)} different result(s)")
+    if len(found) != 1:
+        sys.exit("error: the results differ")
+
+
+if __name__ == "__main__":
+    main()
