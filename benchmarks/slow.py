@@ -96,7 +96,7 @@ def once(config: Config, out: Path, slowing: bool) -> tuple[float, int, str]:
         Mining(replace(config, output=Output(out=str(out))), display).run_all()
     record = json.loads((out / "metrics.jsonl").read_text().splitlines()[1])
     seconds = record["scored"] / record["score_images_per_s"]
-    return seconds, record["blocks_lent"], sha256(out / "weights" / "part-000000.arrow")
+    return seconds, record["blocks_lent"], " ".join(map(sha256, sorted((out / "weights").iterdir())))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Spoiling files, by their structure where they have one, else by their bytes.
 
-Every function draws from a ``random.Random``: a seeded one in the command, hypothesis's own in the tests.
+Every function draws from a seeded ``random.Random``.
 """
 
 import struct
