@@ -50,6 +50,8 @@ def connect(address: str | None, num_cpus: int | None = None, object_store_bytes
     # Waiting threads must not spin: torch and faiss bring a thread pool each, and few cores serve both.
     if own:  # Ray's processes inherit it; for a runtime_env they would be started anew
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # A private Ray whose control server is gone will not come back: end soon (Ray: 60 s), and be started again.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     else:
         options["runtime_env"] = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
     on_sigterm = signal.getsignal(signal.SIGTERM)

@@ -53,6 +53,7 @@ def main() -> None:
         "pip",
         "install",
         "--quiet",
+        "--compile-bytecode",  # else each of a run's many processes compiles torch and Ray anew where Python may not
         "--python",
         str(PYTHON),
         "--editable",
