@@ -1,4 +1,7 @@
-"""Pixels from untrusted image bytes, and back. JPEG, PNG and WEBP only; sizes are checked before decoding."""
+"""Pixels from untrusted image bytes, and back. JPEG, PNG and WEBP only; sizes are checked before decoding.
+
+Ordinary JPEGs go through simplejpeg, PIL's own libjpeg-turbo without PIL: the same pixels in a fraction of the time.
+"""
 
 import contextlib
 import io
@@ -6,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -17,8 +21,24 @@ def decode(data: bytes, size: int) -> np.ndarray:
 
     Raises ValueError, with the reason, for bytes that are no sound JPEG, PNG or WEBP of at most 64 Mpx.
     """
-    with _opened(data) as image:
-        return fit(_rgb(image), size)
+    pixels = _jpeg(data)
+    if pixels is None:
+        with _opened(data) as image:
+            return fit(_rgb(image), size)
+    return pixels if pixels.shape == (size, size, 3) else fit(Image.fromarray(pixels), size)
+
+
+def _jpeg(data: bytes) -> np.ndarray | None:
+    """uint8 [H, W, 3] of a sound JPEG in YCbCr or grey; None for everything else, which PIL is asked about."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=True)
+        if space not in ("YCbCr", "Gray") or height * width > MAX_PIXELS:
+            return None
+        return simplejpeg.decode_jpeg(data, strict=True)  # strict: what libjpeg only warns of is left to PIL too
+    except ValueError:
+        return None
 
 
 def whole(data: bytes) -> Image.Image:

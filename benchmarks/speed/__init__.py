@@ -1,0 +1,1 @@
+"""What each part costs, against the ways that others take: ``python -m benchmarks.speed PART``."""
