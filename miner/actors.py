@@ -230,7 +230,7 @@ class PoolShards:
         """The ``most`` smallest race keys of the shard and their rows: its candidates for the round's batches."""
         u = ranking.uniform(self.uid[shard], self.seed, _DRAW_SALT + round_)
         keys = ranking.draw_keys(self.state[shard].weight(), u)
-        rows = np.argsort(keys, kind="stable")[:most]
+        rows = ranking.least(keys, most)
         rows = rows[np.isfinite(keys[rows])]
         return keys[rows], rows
 

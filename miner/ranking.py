@@ -4,9 +4,11 @@ Every random number here is a pure function of (uid, seed, salt): it does not ma
 in which order, or how the pool is cut into shards.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,7 @@ Words = NDArray[np.uint64]
 
 DRAWS = ("rank", "eq20", "topk", "random")
 _AT_ONCE = 1 << 16  # rows worked at at once, where temporary arrays would otherwise be as long as the pool
+_PART, _NO_PART = 1 << 20, 255  # rows sorted at once; the part of rows that are not eligible
 NO_RANK = np.iinfo(np.uint64).max  # excluded rows stand after all others, whatever gamma
 
 
@@ -81,6 +84,14 @@ def draw_keys(weight_N: Floats, uniform_N: Floats) -> Floats:
         return np.where(weight_N > 0, -np.log(uniform_N) / weight_N, np.inf)
 
 
+def least(key_N: Floats, count: int) -> NDArray[np.int64]:
+    """Rows of the ``count`` smallest keys, in order; the first row first where keys are equal."""
+    if count >= len(key_N):
+        return np.argsort(key_N, kind="stable")
+    rows = np.flatnonzero(key_N <= np.partition(key_N, count)[count])
+    return rows[np.argsort(key_N[rows], kind="stable")][:count]
+
+
 class Rows(NamedTuple):
     """The whole pool's columns that decide the ranking, rows in (shard, row) order."""
 
@@ -100,15 +111,14 @@ def rank_rows(rows: Rows, draw: str, seed: int) -> NDArray[np.uint64]:
     """
     if draw not in DRAWS:
         raise UsageError(f"--draw {draw}: choose one of {', '.join(DRAWS)}")
-    members = np.flatnonzero(rows.eligible)
-    key_M = _keys(rows, draw, seed)[members]
-    order = np.argsort(key_M, kind="stable")
-    _settle_ties(order, key_M, rows.uid, members)
-    del key_M  # arrays as long as the pool: no more of them at once than needed
-    if rows.stratum is not None and draw not in ("random", "eq20"):
-        order = order[_interleave(rows.stratum[members][order])]
+    order = _ordered(_keys(rows, draw, seed), rows)
     rank = np.full(len(rows.weight), NO_RANK, dtype=np.uint64)
-    rank[members[order]] = np.arange(len(members), dtype=np.uint64)
+    if rows.stratum is None or draw in ("random", "eq20"):
+        for start in range(0, len(order), _AT_ONCE):
+            part = order[start : start + _AT_ONCE]
+            rank[part] = np.arange(start, start + len(part), dtype=np.uint64)
+    else:
+        _take_turns(rank, order, rows.stratum)
     return rank
 
 
@@ -125,31 +135,78 @@ def _keys(rows: Rows, draw: str, seed: int) -> Floats:
     return key_N
 
 
+def _ordered(key_N: Floats, rows: Rows) -> NDArray[np.int64] | NDArray[np.uint32]:
+    """Eligible rows by (key, uid), ``[M]``.
+
+    Sorted in parts that lie between quantiles of the keys: caches hold a part, every core takes one, and no array of
+    64-bit places is as long as the pool.
+    """
+    edges = _quantiles(key_N)
+    part_N = np.empty(len(key_N), np.uint8)
+    for start in range(0, len(key_N), _AT_ONCE):
+        here = slice(start, start + _AT_ONCE)
+        part_N[here] = np.where(rows.eligible[here], np.searchsorted(edges, key_N[here], side="right"), _NO_PART)
+    counts = np.bincount(part_N, minlength=256)[: len(edges) + 1]
+    ends = np.cumsum(counts)
+    order = np.empty(ends[-1], np.uint32 if len(key_N) < 1 << 32 else np.int64)
+
+    def sort(part: int) -> None:
+        members = np.flatnonzero(part_N == part)
+        keys = key_N[members]
+        places = np.argsort(keys, kind="stable")
+        _settle_ties(places, keys, rows.uid, members)
+        order[ends[part] - counts[part] : ends[part]] = members[places]
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as cores:
+        list(cores.map(sort, range(len(counts))))
+    return order
+
+
+def _quantiles(key_N: Floats) -> Floats:
+    """Edges between parts of about a million keys, estimated from every so-manieth; fewer where keys repeat."""
+    parts = min(len(key_N) // _PART + 1, _NO_PART - 1)
+    sample = np.sort(key_N[:: max(len(key_N) // 100_000, 1)])
+    return np.unique(sample[np.arange(1, parts) * len(sample) // parts])
+
+
 def _settle_ties(order: NDArray[np.int64], key_M: Floats, uid_N2: Words, members: NDArray[np.int64]) -> None:
     """Bring rows of equal keys in ``order`` (sorted by key) into the order of their uids, in place."""
+    key = key_M[order]
+    same = key[1:] == key[:-1]
     tied = np.zeros(len(order), bool)
-    for start in range(0, len(order) - 1, _AT_ONCE):
-        key = key_M[order[start : start + _AT_ONCE + 1]]
-        same = key[1:] == key[:-1]
-        tied[start : start + len(same)] |= same
-        tied[start + 1 : start + 1 + len(same)] |= same
+    tied[:-1] |= same
+    tied[1:] |= same
     places = np.flatnonzero(tied)  # few: the keys are random numbers, as a rule
     rows = order[places]
     uid = uid_N2[members[rows]]
     order[places] = rows[np.lexsort((uid[:, 1], uid[:, 0], key_M[rows]))]
 
 
-def _interleave(stratum_M: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Order that lets strata take turns; ``stratum_M`` is in ranked order, which also settles turns at a tie."""
-    by_stratum = np.argsort(stratum_M, kind="stable")
-    starts = np.flatnonzero(np.diff(stratum_M[by_stratum], prepend=stratum_M[by_stratum][:1] - 1))
-    lengths = np.diff(np.append(starts, len(stratum_M)))
-    turn = np.arange(len(stratum_M))
-    turn -= np.repeat(starts, lengths)
-    position = np.empty_like(turn)
-    position[by_stratum] = turn
-    del by_stratum, turn
-    return np.argsort(position, kind="stable")
+def _take_turns(rank: NDArray[np.uint64], order: NDArray[Any], stratum_N: NDArray[np.int32]) -> None:
+    """Write ranks of rows that are in ranked ``order`` when the strata take turns, each in its own order."""
+    parts = [slice(start, start + _AT_ONCE) for start in range(0, len(order), _AT_ONCE)]
+    turn_M = np.empty_like(order)  # of each row in its stratum
+    least, most = int(stratum_N.min(initial=0)), int(stratum_N.max(initial=0))
+    sizes = np.zeros(most - least + 1, order.dtype)
+    for part in parts:
+        turn_M[part] = _numbers(stratum_N[order[part]] - least, sizes)
+    taking_turn = len(sizes) - np.cumsum(np.bincount(sizes))  # strata that have more than t rows, for every t
+    upcoming = np.concatenate([[0], np.cumsum(taking_turn)]).astype(np.uint64)  # turn t begins after all before it
+    for part in parts:
+        rank[order[part]] = _numbers(turn_M[part], upcoming)
+
+
+def _numbers(values: NDArray[Any], upcoming: NDArray[Any]) -> NDArray[Any]:
+    """Every value's next number: that of ``values[i]`` is ``upcoming[values[i]]``, which then grows by one."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    lengths = np.diff(np.append(starts, len(values)))
+    within = np.arange(len(values)) - np.repeat(starts, lengths)
+    found = np.empty(len(values), upcoming.dtype)
+    found[order] = upcoming[ordered] + within.astype(upcoming.dtype)
+    upcoming[ordered[starts]] += lengths.astype(upcoming.dtype)
+    return found
 
 
 def check_gamma(gamma: float) -> None:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from trainers.data import IdSet, load_id
 
 SIZE, ROWS, PER_SHARD = 8, 24_000, 5_000
 # Bytes of numpy arrays an image that the driver holds at once, besides what it is given.
-RANK, DUPLICATES = 50, 26
+RANK, DUPLICATES = 25, 26
 SUBSET = 900  # of a subset's image: its row of the manifest, in Arrow, twice; as Python objects it is some 2,000
 
 
@@ -152,7 +153,8 @@ def rows(n: int) -> ranking.Rows:
 
 
 @pytest.mark.parametrize("draw", ranking.DRAWS)
-def test_ranking_takes_a_few_columns(draw: str) -> None:
+def test_ranking_takes_a_few_columns(monkeypatch: pytest.MonkeyPatch, draw: str) -> None:
+    monkeypatch.setattr(ranking, "_PART", 20_000)
     few, many = (rows(n) for n in (200_000, 600_000))
     grown = peak(lambda: ranking.rank_rows(many, draw, 0)) - peak(lambda: ranking.rank_rows(few, draw, 0))
     assert grown / 400_000 < RANK
@@ -160,6 +162,7 @@ def test_ranking_takes_a_few_columns(draw: str) -> None:
 
 def test_ties_are_settled_by_uid_across_the_edges_of_what_is_worked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranking, "_AT_ONCE", 7)
+    monkeypatch.setattr(ranking, "_PART", 100)
     drawn = rows(1000)
     tied = drawn._replace(weight=np.round(drawn.weight * 3), stratum=None)
     members = np.flatnonzero(tied.eligible)
@@ -172,6 +175,30 @@ def test_ties_are_settled_by_uid_across_the_edges_of_what_is_worked_at_at_once(m
         np.testing.assert_array_equal(
             np.argsort(ranking.rank_rows(tied, draw, 5), kind="stable")[: len(members)], expected
         )
+
+
+@pytest.mark.parametrize("draw", ranking.DRAWS)
+@pytest.mark.parametrize("part", [1 << 20, 60])
+def test_ranks_are_those_of_plain_sorts(monkeypatch: pytest.MonkeyPatch, draw: str, part: int) -> None:
+    monkeypatch.setattr(ranking, "_PART", part)
+    monkeypatch.setattr(ranking, "_AT_ONCE", part // 3)
+    drawn = rows(2000)
+    drawn.weight[::5] = np.round(drawn.weight[::5] * 3)  # ties, and weights of 0
+    u = ranking.uniform(drawn.uid, 3)
+    with np.errstate(divide="ignore"):
+        key = {"topk": -drawn.weight, "random": u}.get(draw, np.where(drawn.weight > 0, u / drawn.weight, np.inf))
+    order = [i for i in np.lexsort((drawn.uid[:, 1], drawn.uid[:, 0], key)) if drawn.eligible[i]]
+    if draw in ("rank", "topk"):
+        assert drawn.stratum is not None
+        seen: Counter[int] = Counter()
+        turns = []
+        for i in order:
+            turns.append(seen[drawn.stratum[i]])
+            seen[drawn.stratum[i]] += 1
+        order = [i for _, i in sorted(zip(turns, order, strict=True), key=lambda pair: pair[0])]
+    expected = np.full(2000, ranking.NO_RANK)
+    expected[order] = np.arange(len(order))
+    np.testing.assert_array_equal(ranking.rank_rows(drawn, draw, 3), expected)
 
 
 def test_a_sample_is_what_a_stable_sort_would_put_first() -> None:

@@ -31,7 +31,9 @@ def outcome(data: bytes, size: int) -> np.ndarray | str:
 
 def jpeg(side: int, seed: int, mode: str = "RGB", **how: object) -> bytes:
     rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((side, side + 3), Image.Resampling.BICUBIC)
+    small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize(
+        (side, side + 3), Image.Resampling.BICUBIC
+    )
     buffer = io.BytesIO()
     small.convert(mode).save(buffer, "JPEG", **how)
     return buffer.getvalue()

@@ -16,6 +16,7 @@ from miner.ranking import (
     check_gamma,
     clipped_share,
     draw_keys,
+    least,
     rank_rows,
     subset_size,
     uid_words,
@@ -404,3 +405,10 @@ def test_golden_clipping() -> None:
     assert abs(sizes.mean() - 1.571) < 5 * spread
     out = rows([10.0, 1, 1, 1, 1, 99.0], [True] * 5 + [False])
     assert clipped_share(out, 0.4, 5) == 0.2  # what is excluded has no share
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 499, 500, 501])
+def test_the_least_keys_are_what_a_stable_sort_puts_first(count: int) -> None:
+    keys = np.random.default_rng(0).integers(0, 60, 500) / 7
+    keys[::9] = np.inf
+    np.testing.assert_array_equal(least(keys, count), np.argsort(keys, kind="stable")[:count])

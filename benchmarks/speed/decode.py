@@ -10,23 +10,13 @@ import torch
 import torchvision
 from PIL import Image
 
+from benchmarks.speed.made import jpeg, pixels, pool, tars
 from benchmarks.speed.timing import Way, compare
-from miner import cache, demo
-from miner.build import write_arrays_pool
+from miner import cache
 from miner.images import decode
 from miner.pool import Pool
 
 IMAGES = 4096
-
-
-def jpegs(side: int) -> list[bytes]:
-    """The demo's first images as JPEGs of quality 90, photographs' kind of file."""
-    found = []
-    for pixels in demo.pool_arrays()[0][:IMAGES]:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-        found.append(buffer.getvalue())
-    return found
 
 
 def with_pil(data: bytes) -> np.ndarray:
@@ -43,7 +33,7 @@ def main(repeat: int) -> None:
     """Print the tables."""
     torch.set_num_threads(1)
     for side in (32, 64, 224):
-        files = jpegs(side)
+        files = [jpeg(image) for image in pixels(IMAGES, side)]
 
         def all_by(one: object, files: list[bytes] = files) -> Way:
             def way() -> int:
@@ -65,12 +55,12 @@ def main(repeat: int) -> None:
 
 
 def _build(folder: Path) -> Way:
-    images, labels = demo.pool_arrays()
-    pool = write_arrays_pool(str(folder), "jpegs", images[:IMAGES], labels[:IMAGES], demo.FAMILIES, shard_count=1)
+    tars(folder / "tars", pixels(IMAGES, 32), 1)
+    made = pool(folder / "pool", folder / "tars")
 
     def way() -> int:
         with tempfile.TemporaryDirectory() as where:
-            cache.open_shard(Pool.open(pool.path), 0, 32, where)
+            cache.open_shard(Pool.open(made.path), 0, 32, where)
         return IMAGES
 
     return way

@@ -34,7 +34,12 @@ def main(repeat: int, pool_path: str, gamma: float = 0.01) -> None:
 
         def ranges() -> int:
             before = read_bytes()
-            recipe = {"gamma": gamma, "draw": "rank", "pool": {"name": pool.name}, "settings": {"game": {"rule": "hedge"}}}
+            recipe = {
+                "gamma": gamma,
+                "draw": "rank",
+                "pool": {"name": pool.name},
+                "settings": {"game": {"rule": "hedge"}},
+            }
             write_subset(pool, chosen, Path(where) / "ranges", recipe, lambda count: None)
             asked["by byte ranges"] = read_bytes() - before
             return keep

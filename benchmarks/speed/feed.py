@@ -4,7 +4,6 @@ Every way reads the same images, in the form that suits it best, with one worker
 worker of torch's DataLoader, Ray Data its own. The consumer touches every pixel.
 """
 
-import io
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,18 +13,14 @@ import numpy as np
 import ray
 import torch
 import webdataset
-from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+from benchmarks.speed import made
 from benchmarks.speed.timing import Way, rates, table
-from miner import demo
 from miner.actors import PoolActor
-from miner.build import finish, prepare, run_job
 from miner.rays import connect
-from miner.sources import Recipe
 from miner.sweep import IN_FLIGHT, block_size
-from miner.tars import TarWriter
 
 IMAGES, TARS, BATCH = 16_384, 4, 256
 
@@ -35,40 +30,13 @@ class Files:
 
     def __init__(self, folder: Path, side: int) -> None:
         self.folder, self.side = folder, side
-        self.pixels = np.stack([_resized(image, side) for image in demo.pool_arrays()[0][:IMAGES]])
-        for part, rows in enumerate(np.array_split(np.arange(IMAGES), TARS)):
-            with TarWriter(_made(folder / "tars" / f"{part:06d}.tar")) as tar:
-                for row in rows.tolist():
-                    data = jpeg(self.pixels[row])
-                    tar.write(f"{row:06d}.jpg", data)
-                    tar.write(f"{row:06d}.cls", b"0")
-                    _made(folder / "images" / str(row % 10) / f"{row:06d}.jpg").write_bytes(data)
-        recipe = Recipe("tars", (str(folder / "tars"),))
-        _made(folder / "pool" / "x")
-        planned = prepare(recipe, str(folder / "pool"))
-        for job in planned.jobs:
-            run_job(str(folder / "pool"), job)
-        finish(recipe, str(folder / "pool"), "feed", planned)
-
-    def tars(self) -> list[str]:
-        """All tars."""
-        return sorted(str(path) for path in (self.folder / "tars").glob("*.tar"))
-
-
-def _made(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _resized(image: np.ndarray, side: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
-
-
-def jpeg(pixels: np.ndarray) -> bytes:
-    """JPEG of quality 90."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+        self.pixels = made.pixels(IMAGES, side)
+        self.tars = made.tars(folder / "tars", self.pixels, TARS)
+        self.pool = made.pool(folder / "pool", folder / "tars").path
+        for i, image in enumerate(self.pixels):
+            path = folder / "images" / str(i % 10) / f"{i:06d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(made.jpeg(image))
 
 
 def to_array(image: Any) -> np.ndarray:
@@ -108,11 +76,11 @@ def pool_actor(files: Files, fresh: bool) -> Way:
 
     def way() -> int:
         if fresh or not actors:
-            for cached in (files.folder / "pool").glob("cache/*/*") if fresh else ():
+            for cached in Path(files.pool).glob("cache/*/*") if fresh else ():
                 cached.unlink()
             for old in actors:
                 ray.kill(old)
-            actors[:] = [PoolActor.options(num_cpus=0).remote(str(files.folder / "pool"), files.side, 0, "hedge", 0.1)]
+            actors[:] = [PoolActor.options(num_cpus=0).remote(files.pool, files.side, 0, "hedge", 0.1)]
             ray.get(actors[0].ping.remote())
         return consumed(blocks(actors[0]))
 
@@ -128,7 +96,7 @@ def loader(dataset: Any) -> Way:
 
 def web_dataset(files: Files) -> Way:
     """webdataset's usual chain, decoded by PIL."""
-    found = webdataset.WebDataset(files.tars(), shardshuffle=False, empty_check=False)
+    found = webdataset.WebDataset(files.tars, shardshuffle=False, empty_check=False)
     return loader(found.decode("rgb8").to_tuple("jpg"))
 
 
@@ -141,7 +109,7 @@ def ray_data(files: Files) -> Way:
     """Ray Data's reader of tars."""
 
     def way() -> int:
-        found = ray.data.read_webdataset(files.tars(), include_paths=False)
+        found = ray.data.read_webdataset(files.tars, include_paths=False)
         return consumed(np.stack(batch["jpg"]) for batch in found.iter_batches(batch_size=BATCH))
 
     return way

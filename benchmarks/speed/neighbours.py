@@ -60,7 +60,8 @@ def main(repeat: int) -> None:
     speed = rates(ways, repeat)
     first = next(iter(speed.values()))
     rows = [
-        (name, rate, rate / first, _recall(found[name], truth) if name in found else 1.0) for name, rate in speed.items()
+        (name, rate, rate / first, _recall(found[name], truth) if name in found else 1.0)
+        for name, rate in speed.items()
     ]
     table(
         f"{K_NEAREST} nearest of {ID:,} ID vectors of {SIDE}, {QUERIES:,} asked at once, one core",

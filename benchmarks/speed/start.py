@@ -37,7 +37,8 @@ def main(repeat: int) -> None:
             whole.append(time.time() - started)
             parts.append(json.loads((run / "summary.json").read_text())["seconds"])
     rows = [(name, float(np.median([part[name] for part in parts]))) for name in parts[0]]
-    table("the demo's pool mined with a ready classifier, one round", ("part", "seconds"), [*rows, ("whole command", float(np.median(whole)))])
+    rows.append(("whole command", float(np.median(whole))))
+    table("the demo's pool mined with a ready classifier, one round", ("part", "seconds"), rows)
 
 
 def _checkpoint(path: Path) -> None:

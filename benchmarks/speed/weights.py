@@ -50,8 +50,7 @@ def updated(shards: list[ShardState], total: Sums) -> None:
 def drawn(shards: list[ShardState], uids: list[np.ndarray], most: int) -> None:
     """The candidates of each shard for a round's batches."""
     for shard, uid in zip(shards, uids, strict=True):
-        keys = ranking.draw_keys(shard.weight(), ranking.uniform(uid, 0, 1))
-        np.argsort(keys, kind="stable")[:most]
+        ranking.least(ranking.draw_keys(shard.weight(), ranking.uniform(uid, 0, 1)), most)
 
 
 def dense_step(rows: int, repeat: int) -> float:
@@ -73,34 +72,36 @@ def dense_step(rows: int, repeat: int) -> float:
 
 def main(repeat: int, sizes: tuple[int, ...] = (1_000_000, 10_000_000, 80_000_000)) -> None:
     """Print the tables."""
-    rng = np.random.default_rng(0)
-    rows: list[tuple[object, ...]] = []
-    for n in sizes:
-        shards = [state(rng, SHARD) for _ in range(min(n // SHARD, FEW))]
-        uids = [rng.integers(0, 2**64, (SHARD, 2), np.uint64) for _ in shards]
-        share = n / (SHARD * len(shards))  # the rest is other actors' or this one's, shard by shard alike
-        total = add_sums([shard.sums() for shard in shards])
-        costs = [
-            seconds(lambda: updated(shards, total), repeat) * share / n,
-            seconds(lambda: add_sums([shard.sums() for shard in shards]), repeat) * share / n,
-            seconds(lambda: drawn(shards, uids, 8192), repeat) * share / n,
-        ]
-        chance = torch.rand(n)
-        try:
-            other = seconds(lambda: torch.multinomial(chance, 8192, replacement=True), repeat) / n
-        except RuntimeError as error:
-            other = str(error).splitlines()[0]  # type: ignore[assignment]
-        del chance
-        rows.append((n, *(cost * 1e9 for cost in costs), dense_step(n, repeat) * 1e9 / n, _nanoseconds(other)))
+    torch.set_num_threads(1)
     head = ("rows", "update", "sums", "draw of a round", "dense reference step", "torch.multinomial of 8,192")
-    table("nanoseconds a row, one core", head, rows)
+    table("nanoseconds a row, one core", head, [costs(n, repeat) for n in sizes])
     files(repeat)
     for n in sizes:
         cut(n)
 
 
-def _nanoseconds(value: object) -> object:
-    return value * 1e9 if isinstance(value, float) else value
+def costs(n: int, repeat: int) -> tuple[object, ...]:
+    """A row of the table."""
+    rng = np.random.default_rng(0)
+    shards = [state(rng, SHARD) for _ in range(min(n // SHARD, FEW))]
+    uids = [rng.integers(0, 2**64, (SHARD, 2), np.uint64) for _ in shards]
+    rows = SHARD * len(shards)  # the others are other actors' or this one's, shard by shard alike
+    total = add_sums([shard.sums() for shard in shards])
+    ours = [
+        seconds(lambda: updated(shards, total), repeat) / rows,
+        seconds(lambda: add_sums([shard.sums() for shard in shards]), repeat) / rows,
+        seconds(lambda: drawn(shards, uids, 8192), repeat) / rows,
+    ]
+    return n, *(cost * 1e9 for cost in ours), dense_step(n, repeat) * 1e9 / n, multinomial(n, repeat)
+
+
+def multinomial(n: int, repeat: int) -> object:
+    """Nanoseconds a row of one draw of 8,192, or why there are none."""
+    chance = torch.rand(n)
+    try:
+        return seconds(lambda: torch.multinomial(chance, 8192, replacement=True), repeat) * 1e9 / n
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
 
 
 def files(repeat: int) -> None:
@@ -137,13 +138,15 @@ def cut(n: int) -> None:
     """Ranking of ``n`` rows in strata, and the cut of gamma = 1 %."""
     rng = np.random.default_rng(0)
     columns = Rows(
-        rng.gamma(1.0, 1.0, n), rng.integers(0, 2**64, (n, 2), np.uint64), np.ones(n, bool), rng.integers(0, 1000, n, np.int32)
+        rng.gamma(1.0, 1.0, n),
+        rng.integers(0, 2**64, (n, 2), np.uint64),
+        np.ones(n, bool),
+        rng.integers(0, 1000, n, np.int32),
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     rank = ranking.rank_rows(columns, "rank", 0)
     size = ranking.subset_size(columns, 0.01, n, "rank", 0)
     chosen = np.flatnonzero(rank < size)
     taken = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"\nrank {n:,} rows and cut {len(chosen):,}: {taken:.1f} s, peak {peak / 2**20:.2f} GiB (before: {before / 2**20:.2f})")
+    print(f"\nrank {n:,} rows, cut {len(chosen):,}: {taken:.1f} s, peak {peak / 2**20:.2f} GiB of the process")
