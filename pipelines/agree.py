@@ -19,7 +19,6 @@ import tyro
 from miner.errors import UsageError
 from miner.files import Place, place
 from miner.pool import Pool
-from miner.subset import load_subset
 from miner.weights import load_weights
 from pipelines import cli
 from pipelines.report import spearman
@@ -57,6 +56,8 @@ def agreement(weight_N: np.ndarray, other_N: np.ndarray, top: float) -> tuple[fl
 
 def shares(run: Place, table: pa.Table, top: float, flag: str) -> str:
     """Share of the flagged classes in the pool, the heaviest images and each subset."""
+    from miner.subset import load_subset  # brings torch along, for which --help should not wait
+
     pool = Pool.open(json.loads((run / "summary.json").read_text())["pool_path"])
     marked = np.array([bool(entry.get(flag)) for entry in pool.class_info or []])
     if not marked.any():

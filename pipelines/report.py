@@ -6,7 +6,7 @@ One file that needs no network. It is made from the run directory, the pool and 
 """
 
 import os
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +16,10 @@ from miner.files import Place, place
 from miner.images import decode, dimensions, png
 from miner.run_dir import write_file
 from pipelines import page
-from pipelines.finished import Run
 from pipelines.page import number
+
+if TYPE_CHECKING:
+    from pipelines.finished import Run  # brings torch along, for which --help should not wait
 
 TILES = 24  # images a contact sheet
 REMOVED = 16  # images on a sheet of what the leak guard left out
@@ -29,6 +31,8 @@ SAMPLE = 1_000_000  # rows that the rank correlation looks at, at most
 
 def write_report(run: str | os.PathLike[str] | Place) -> Place:
     """Write ``run``/report.html, atomically, and return its path. Raises MinerError as ``Run.open`` does."""
+    from pipelines.finished import Run
+
     opened = Run.open(place(run))
     body = header(opened) + sheets(opened) + classes(opened) + weights(opened) + rounds(opened)
     target = opened.path / "report.html"
@@ -39,7 +43,7 @@ def write_report(run: str | os.PathLike[str] | Place) -> Place:
 # --- what was run -------------------------------------------------------------------------------------------
 
 
-def header(run: Run) -> str:
+def header(run: "Run") -> str:
     """What was mined for whom, how many images were kept and left out, and what it took."""
     s = run.summary
     accuracy = f"{s['accuracy']:.1%} of test images" if s["accuracy"] is not None else "accuracy not known"
@@ -80,7 +84,7 @@ def header(run: Run) -> str:
 # --- images -------------------------------------------------------------------------------------------------
 
 
-def sheets(run: Run) -> str:
+def sheets(run: "Run") -> str:
     """Contact sheets: heaviest, median and lightest eligible images, and what the leak guard left out."""
     rows = np.flatnonzero(run.eligible)
     order = rows[np.argsort(-run.weight[rows], kind="stable")]
@@ -109,14 +113,14 @@ def sheets(run: Run) -> str:
     return text
 
 
-def sheet(run: Run, name: str, title: str, intro: str, rows: np.ndarray) -> str:
+def sheet(run: "Run", name: str, title: str, intro: str, rows: np.ndarray) -> str:
     """One contact sheet of the table's ``rows``, in that order."""
     records = run.table.take(pa.array(rows)).to_pylist()
     tiles = [_tile(run, int(row), record) for row, record in zip(rows, records, strict=True)]
     return page.section(name, title, intro, f'<div class="sheet">{"".join(tiles)}</div>')
 
 
-def _tile(run: Run, row: int, record: dict[str, Any]) -> str:
+def _tile(run: "Run", row: int, record: dict[str, Any]) -> str:
     name = run.class_name(int(run.label[row]))
     image = _fitted(run.pool.read(record["shard"], [record["row"]])[0])
     near, nearest = record["nn_id_row"], "no ID image"
@@ -144,7 +148,7 @@ def _square(image: np.ndarray) -> np.ndarray:
 # --- figures ------------------------------------------------------------------------------------------------
 
 
-def classes(run: Run) -> str:
+def classes(run: "Run") -> str:
     """Classes by mean weight (the paper's Figure 5) and by their share of the largest subset."""
     title, labelled = "Classes", run.label >= 0
     if not (run.eligible & labelled).any():
@@ -183,7 +187,7 @@ def _ends(order: np.ndarray, what: str) -> list[tuple[np.ndarray, str]]:
     ]
 
 
-def weights(run: Run) -> str:
+def weights(run: "Run") -> str:
     """Histogram of the weights, and how closely they follow the loss."""
     name, chosen = run.largest()
     weight = run.weight[run.eligible]
@@ -199,7 +203,7 @@ def weights(run: Run) -> str:
     return page.section("weights", "Weights", intro, f'<div class="plots">{plot}</div>')
 
 
-def rounds(run: Run) -> str:
+def rounds(run: "Run") -> str:
     """L_out and effective sample size by round, drawn when there are two rounds or more, and as a table."""
     records = [record for record in run.rounds if "round" in record]
     if not records:

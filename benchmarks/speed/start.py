@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.speed.made import pixels, pool, tars
 from benchmarks.speed.timing import table
 
 HELP = ("resample", "train", "evaluate", "shard", "status", "compare", "universal", "report", "agree", "abnormality")
@@ -30,7 +31,9 @@ def main(repeat: int) -> None:
         with tempfile.TemporaryDirectory() as where:
             run = Path(where) / "run"
             net = Path(where) / "net.safetensors"
-            words = ["pipelines.resample", "--pool=demo", "--gamma=0.1", "--rounds=1", "--views=1", f"--out={run}"]
+            tars(Path(where) / "tars", pixels(20_000, 32), 4)
+            made = pool(Path(where) / "pool", Path(where) / "tars").path
+            words = ["pipelines.resample", f"--pool={made}", "--gamma=0.1", "--rounds=1", "--views=1", f"--out={run}"]
             _checkpoint(net)
             started = time.time()
             subprocess.run([sys.executable, "-m", *words, f"--checkpoint={net}"], check=True, capture_output=True)
@@ -38,7 +41,7 @@ def main(repeat: int) -> None:
             parts.append(json.loads((run / "summary.json").read_text())["seconds"])
     rows = [(name, float(np.median([part[name] for part in parts]))) for name in parts[0]]
     rows.append(("whole command", float(np.median(whole))))
-    table("the demo's pool mined with a ready classifier, one round", ("part", "seconds"), rows)
+    table("20,000 JPEGs mined with a ready classifier, one round", ("part", "seconds"), rows)
 
 
 def _checkpoint(path: Path) -> None:

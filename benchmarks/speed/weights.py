@@ -1,6 +1,8 @@
 """Weights: what one round costs a row, at pools of 1 to 80 million rows, beside the released learner's dense step."""
 
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -76,8 +78,8 @@ def main(repeat: int, sizes: tuple[int, ...] = (1_000_000, 10_000_000, 80_000_00
     head = ("rows", "update", "sums", "draw of a round", "dense reference step", "torch.multinomial of 8,192")
     table("nanoseconds a row, one core", head, [costs(n, repeat) for n in sizes])
     files(repeat)
-    for n in sizes:
-        cut(n)
+    for n in sizes:  # each in a process of its own, whose peak is then that of the ranking
+        subprocess.run([sys.executable, "-c", f"from {__name__} import cut; cut({n})"], check=True)
 
 
 def costs(n: int, repeat: int) -> tuple[object, ...]:
