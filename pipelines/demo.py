@@ -129,11 +129,11 @@ def main() -> None:
     """Judge a finished demo run."""
     import tyro
 
-    from miner.rays import connect
-
     directory = tyro.conf.arg(metavar="RUN", help="Run directory of a mined demo pool.")
 
     def demo(run: Annotated[str, tyro.conf.Positional, directory]) -> None:
+        from miner.rays import connect
+
         connect(None)
         show(verdict(place(run)))
 
