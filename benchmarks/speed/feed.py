@@ -72,17 +72,15 @@ def pool_actor(files: Files, fresh: bool) -> Way:
                 on_the_way.append(actor.rows_of.remote(*todo.pop(0)))
             yield ray.get(on_the_way.pop(0))
 
-    actors: list[Any] = []
+    actor = PoolActor.options(num_cpus=0).remote(files.pool, files.side, 0, "hedge", 0.1)
+    ray.get(actor.ping.remote())
 
     def way() -> int:
-        if fresh or not actors:
-            for cached in Path(files.pool).glob("cache/*/*") if fresh else ():
+        if fresh:
+            for cached in Path(files.pool).glob("cache/*/*"):
                 cached.unlink()
-            for old in actors:
-                ray.kill(old)
-            actors[:] = [PoolActor.options(num_cpus=0).remote(files.pool, files.side, 0, "hedge", 0.1)]
-            ray.get(actors[0].ping.remote())
-        return consumed(blocks(actors[0]))
+            ray.get(actor.__ray_call__.remote(lambda shards: shards.images.clear()))
+        return consumed(blocks(actor))
 
     return way
 
@@ -158,6 +156,7 @@ class _Squeezed(torch.utils.data.IterableDataset):
 def main(repeat: int) -> None:
     """Print the tables."""
     connect(None, num_cpus=2)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     others: dict[str, Callable[[Files], Way]] = {
         "webdataset 1.0 + PIL": web_dataset,
         "ImageFolder": image_folder,
@@ -169,8 +168,8 @@ def main(repeat: int) -> None:
         with tempfile.TemporaryDirectory() as where:
             files = Files(Path(where), side)
             ways = {
-                "pool actor": pool_actor(files, fresh=False),
                 "pool actor, first epoch": pool_actor(files, fresh=True),
+                "pool actor": pool_actor(files, fresh=False),
             }
             ways |= {name: make(files) for name, make in others.items()}
             found = rates(ways, repeat)
