@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, BinaryIO
 
-from miner.errors import MinerError, UsageError, disk_full
+from miner.errors import MinerError, StoreError, UsageError, disk_full
 
 SCHEMES = ("http", "https", "s3", "s3a", "gs", "gcs", "abfs", "az", "hf", "memory")
 WRITABLE = ("s3", "s3a", "gs", "gcs", "abfs", "az", "memory")
@@ -90,7 +90,7 @@ def explained(path: object) -> Iterator[None]:
             raise
         told = _reason(error)
         if told is not None:
-            raise MinerError(f"{path}: {told}") from None
+            raise StoreError(f"{path}: {told}") from None
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
         raise

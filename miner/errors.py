@@ -26,6 +26,10 @@ class UsageError(MinerError):
     exit_code = 2
 
 
+class StoreError(MinerError):
+    """An object store that does not answer, or refuses: says nothing about what lies there."""
+
+
 def disk_full(error: OSError, path: object) -> MinerError | None:
     """A one-line error when ``error`` means that nothing more fits on the disk of ``path``, else None."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from miner.buckets import BucketPath, check_writable
-from miner.errors import MinerError, disk_full
+from miner.errors import MinerError, StoreError, disk_full
 from miner.files import Place, atomic, parse_json, read_json, read_whole, remove_folder, sha256
 
 KEPT_ROUNDS = 2
@@ -97,6 +97,8 @@ class RunDir:
         for round_ in reversed(self.committed()):
             try:
                 self.verified(round_)
+            except StoreError:
+                raise  # what cannot be read now is not damaged
             except MinerError as error:
                 _take_back(self.round(round_) / "COMMITTED")
                 self.notes.append(f"{error}; going back behind {self.unit} {round_ + 1}")

@@ -415,6 +415,22 @@ def test_only_rounds_with_their_mark_count(server: int, monkeypatch: pytest.Monk
     assert again.committed() == [3, 4]
 
 
+def test_a_store_that_fails_meanwhile_takes_no_round_back(
+    server: int, failing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    run = RunDir(place(f"{BUCKET}/patient"))
+    for round_ in range(2):
+        write_json(run.round(round_) / "round.json", {"round": round_})
+        run.commit(round_)
+    monkeypatch.setattr(run, "committed", lambda: [0, 1])  # it fails after it was listed
+    failing.code, failing.name = 503, "ServiceUnavailable"
+    with endpoint(failing.port), pytest.raises(MinerError, match="cannot be reached"):
+        run.last_sound()
+    assert RunDir(run.path).last_sound() == 1
+    assert run.notes == []
+
+
 def test_another_process_s_objects_are_seen_at_once(server: int) -> None:
     folder = BucketPath(f"{BUCKET}/shared")
     write_file(folder / "mine", b"1")
