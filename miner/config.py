@@ -119,7 +119,8 @@ class Output:
     """Go on from the last finished round of --out; an error if nothing is there. (The same command run again
     also goes on; this flag only insists.)"""
     dry_run: bool = False
-    """Print the plan, sizes and cost, and stop."""
+    """Print the plan and sizes, measure some of the work here for a few seconds, print what all of it will take, and
+    stop."""
 
 
 @dataclass(frozen=True)

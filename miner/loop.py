@@ -119,6 +119,11 @@ class Game:
         """Reduce the global sums in shard order, apply the rule to every row, and report the new L_out."""
         self.phase(round_, "update", 1)
         before = rules.add_sums(self.crew.each("sums"))
+        if not before.rows:
+            raise MinerError(
+                "no image of the pool is left after exclusions: the classifier takes all of it for ID. Start anew with "
+                "another --checkpoint, or a higher --exclude-near-id (0: no leak guard), in another --out"
+            )
         self.scale = self.scale or rules.loss_std(before)
         level = self.equilibrium_level() if self.config.game.rule == "equilibrium" else 0.0
         if self.config.game.rule in ONE_SWEEP:

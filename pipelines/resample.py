@@ -25,7 +25,12 @@ def main() -> None:
 
     check(config)
     if config.output.dry_run:
-        print(plan(config, open_pool(config)))
+        pool = open_pool(config)
+        print(plan(config, pool))
+        from miner import costs
+        from trainers.data import load_id
+
+        print(costs.told(config, pool, load_id(config.data.id, config.data.size)))
         return
     from miner.mine import mine
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from miner import demo
 from miner.build import finish, prepare, run_job
-from miner.config import Config, Data, Game, Machines, Selection
+from miner.config import Config, Data, Game, Machines, Output, Selection
 from miner.errors import MinerError, UsageError
 from miner.images import png
 from miner.mine import Mined, mine
@@ -407,6 +407,14 @@ def test_losses_that_are_not_finite_end_the_run_and_name_keys(base: Config, chec
     assert "part-" in said[head]
     assert re.search(r"(500 of 500|502 of 502|500 of 500|498 of 498) losses are not finite", said[head])
     assert re.search(r"keys 00\d{4}, 00\d{4}", said[head])
+
+
+def test_a_guard_that_leaves_nothing_is_one_line(base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miner.loop.near_id", lambda cosine, label, near: np.ones(len(cosine), bool))
+    selection = dataclasses.replace(base.selection, exclude_near_id=0.01)
+    config = dataclasses.replace(base, selection=selection, output=Output(out=str(tmp_path / "run")))
+    with pytest.raises(MinerError, match="no image of the pool is left after exclusions"):
+        mine(config)
 
 
 def test_a_run_is_not_continued_under_other_settings(plain: Mined, base: Config) -> None:
