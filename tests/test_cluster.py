@@ -21,7 +21,16 @@ from miner.build import write_arrays_pool
 
 ROOT = Path(__file__).resolve().parent.parent
 # Steps enough that a round outlasts the heartbeat by which tests know where it is.
-FLAGS = ("--gamma=0.1", "--rounds=3", "--steps=160", "--batch=32", "--strata=5", "--views=2", "--pretrain.epochs=1")
+FLAGS = (
+    "--gamma=0.1",
+    "--rounds=3",
+    "--steps=160",
+    "--eta=0.1",
+    "--batch=32",
+    "--strata=5",
+    "--views=2",
+    "--pretrain.epochs=1",
+)
 QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 CLUSTER = {"num_cpus": 1, "include_dashboard": False, "_system_config": QUICK}
 
