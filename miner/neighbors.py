@@ -96,6 +96,8 @@ def fit_strata(looks_SF: Features, strata: int, seed: int, threads: int, whiten:
     centre, axes = np.zeros(looks_SF.shape[1], np.float32), np.eye(looks_SF.shape[1], dtype=np.float32)
     if whiten:
         centre, axes = _whitening(looks_SF.astype(np.float64), whiten)
+    if not axes.shape[1]:  # all look the same: one stratum. FAISS would divide by their number of axes, and die
+        return Strata(centre, np.zeros((len(centre), 1), np.float32), np.zeros((1, 1), np.float32))
     faiss.omp_set_num_threads(threads)
     kmeans = faiss.Kmeans(
         axes.shape[1],

@@ -155,3 +155,9 @@ def test_features_that_are_not_finite(pool_features: np.ndarray) -> None:
     broken[3, 0] = np.nan
     with pytest.raises(MinerError, match="features are not finite"):
         fit_strata(broken, 4, 0, 1)
+
+
+def test_what_looks_all_the_same_is_one_stratum() -> None:
+    looks = np.full((200, 7), 3.0, np.float32)
+    strata = fit_strata(looks, 10, 0, 1)
+    assert strata.assign(looks).tolist() == [0] * 200
