@@ -22,6 +22,7 @@ from pathlib import Path
 import ray
 
 from benchmarks.chaos import processes
+from benchmarks.speed.made import classifier
 from miner import demo
 from miner.build import write_arrays_pool
 from miner.config import Config, Data, Game, Output
@@ -29,10 +30,6 @@ from miner.files import sha256
 from miner.mine import Mining
 from miner.progress import Display
 from miner.rays import connect
-from trainers.actor import Trainer
-from trainers.checkpoint import save_checkpoint
-from trainers.config import PretrainConfig
-from trainers.data import load_id
 
 POOL_ACTOR = b"ray::PoolShards"
 SHARDS = 12
@@ -84,11 +81,8 @@ def prepare(folder: Path) -> Config:
     images, labels = demo.pool_arrays()
     (folder / "pool").mkdir(parents=True)
     write_arrays_pool(str(folder / "pool"), "slow", images, labels, demo.FAMILIES, shard_count=SHARDS)
-    trainer = Trainer("small", load_id("demo"), seed=0, game=Game())
-    trainer.pretrain(PretrainConfig(epochs=1, batch=64, lr=0.1))
-    net = folder / "net.safetensors"
-    save_checkpoint(net, trainer.net, {"model": "small", "classes": list(trainer.id_set.classes)})
-    return Config(data=Data(pool=str(folder / "pool"), checkpoint=str(net)), game=Game(rounds=2, steps=1))
+    net = classifier(folder / "net.safetensors")
+    return Config(data=Data(pool=str(folder / "pool"), checkpoint=net), game=Game(rounds=2, steps=1))
 
 
 def once(config: Config, out: Path, how: tuple[float, float] | None = None) -> tuple[float, int, str]:

@@ -117,14 +117,18 @@ def _build(pool: Pool, shard: int, size: int, stem: str) -> None:
         for start in range(0, entry.count, CHUNK):
             rows = range(start, min(start + CHUNK, entry.count))
             # Plain writes, no writable map: a full disk is then an error and not a SIGBUS.
-            file.write(_pixels(pool, shard, records, rows, size, bad).tobytes())
+            file.write(pixels_of(pool, shard, records, rows, size, bad).tobytes())
         with atomic(f"{stem}.json") as note:
             note.write(json.dumps({**_stamp(entry, size), "bad": bad}).encode())
 
 
-def _pixels(
+def pixels_of(
     pool: Pool, shard: int, records: np.ndarray | None, rows: range, size: int, bad: dict[int, str]
 ) -> np.ndarray:
+    """Decode some rows of a shard, uint8 ``[n, size, size, 3]``, past the cache; reasons of what fails go to ``bad``.
+
+    ``records`` are ``Pool.records`` of a raw shard, None for a tar. Raises MinerError as ``Pool.read`` does.
+    """
     pixels = np.zeros((len(rows), size, size, 3), np.uint8)
     if records is not None:
         for i, record in enumerate(records[rows.start : rows.stop]):

@@ -13,13 +13,13 @@ import torch
 
 from miner import cache, inputs
 from miner.config import Config
-from miner.images import decode
 from miner.neighbors import POINTS_PER_STRATUM, WHITENED, NearestID, fit_strata
 from miner.pool import Pool
 from trainers.actor import Trainer
 from trainers.data import IdSet
 
-IMAGES = 4096  # that are decoded and scored to learn what an image costs
+IMAGES, LEAST = 4096, 256  # that are decoded and scored to learn what an image costs, at most and at least
+PATIENCE = 1.0  # seconds that one scoring of them may take: wide nets get fewer
 RANK, TABLE, SUBSET = 3.5e-7, 1.5e-6, 2e-4  # seconds an image: ranked, written to the weights table, exported
 KMEANS = 20 * 2 * WHITENED / 1.5e10  # seconds a point and centroid: iterations, products, a core's products a second
 ROW_BYTES, BASE_BYTES, WORKER_BYTES = 160, 2.2e9, 0.25e9  # of the processes: an image; driver and trainer; pool actor
@@ -36,26 +36,20 @@ class Rates:
 
 
 def measured(config: Config, pool: Pool, id_set: IdSet) -> Rates:
-    """Work of a run on ``IMAGES`` images of the pool's first shard, by a trainer with the machine's threads.
+    """Work of a run on up to ``IMAGES`` images of the pool's first shard, by a trainer with the machine's threads.
 
-    Raises MinerError when none of them can be read.
+    Raises MinerError as ``Pool.read`` does.
     """
-    size, count = config.data.size, min(IMAGES, pool.shards[0].count)
-    if pool.shards[0].kind == "raw":
-        images, per_image = np.ascontiguousarray(cache.open_shard(pool, 0, size)[0][:count]), 0.0
-    else:
-        encoded = pool.read(0, range(count))
-        started, found = time.perf_counter(), []
-        for data in pool.read(0, range(count)):
-            try:
-                found.append(decode(data, size))
-            except ValueError:
-                continue
-        per_image = (time.perf_counter() - started) / len(encoded)
-        images = np.stack(found or [np.zeros((size, size, 3), np.uint8)])
+    rows = range(min(IMAGES, pool.shards[0].count))
+    records = pool.records(0) if pool.shards[0].kind == "raw" else None
+    started = time.perf_counter()
+    images = cache.pixels_of(pool, 0, records, rows, config.data.size, {})
+    per_image = (time.perf_counter() - started) / len(images)
     game = replace(config.game, views=1)
     trainer = Trainer(config.data.model, id_set, config.data.seed, game)
-    some = id_set.train_images[:: max(len(id_set.train_images) // IMAGES, 1)][:IMAGES]
+    few = images[:LEAST]
+    images = images[: max(int(LEAST * PATIENCE / _seconds(lambda: trainer.score(few, False))), LEAST)]
+    some = id_set.train_images[:: max(len(id_set.train_images) // len(images), 1)][: len(images)]
     features = trainer.features(some)
     rng = np.random.default_rng(0)
     like_all = features[rng.integers(0, len(features), len(id_set.train_images))]
@@ -81,7 +75,7 @@ def predicted(config: Config, pool: Pool, id_set: IdSet, rates: Rates) -> dict[s
     """Seconds of each part of a run, named as in ``summary.json``."""
     n, game, strata = pool.count, config.game, config.strata_for(pool.count)
     sweeps, steps, _ = inputs.work(config, n)
-    actors = min(config.machines.pool_actors or 16, len(pool.shards), os.cpu_count() or 1)
+    at_once = min(_actors(config, pool), os.cpu_count() or 1)
     trainers = config.machines.trainers if torch.cuda.is_available() else 1  # on CPUs they share the same cores
     sample = min(strata * POINTS_PER_STRATUM, n) if strata > 1 else 0
     fit = sample * (rates.forward + rates.look_up) + sample * strata * KMEANS
@@ -89,7 +83,7 @@ def predicted(config: Config, pool: Pool, id_set: IdSet, rates: Rates) -> dict[s
     kept = sum(config.selection.gamma) * n
     return {
         "classifier": epochs * len(id_set.train_images) * rates.step / (2 * game.batch),
-        "decode": n * rates.decode / actors,
+        "decode": n * rates.decode / at_once,
         "restore": len(id_set.train_images) * rates.forward + fit,
         "game": n * (sweeps * game.views * rates.forward + rates.look_up) / trainers + steps * rates.step,
         "rank": n * (RANK + TABLE),
@@ -97,12 +91,17 @@ def predicted(config: Config, pool: Pool, id_set: IdSet, rates: Rates) -> dict[s
     }
 
 
+def _actors(config: Config, pool: Pool) -> int:
+    """Pool actors that a run here starts."""
+    return min(config.machines.pool_actors or min(os.cpu_count() or 1, 16), len(pool.shards))
+
+
 def told(config: Config, pool: Pool, id_set: IdSet) -> str:
     """The prediction in lines for people."""
     rates = measured(config, pool, id_set)
     seconds = predicted(config, pool, id_set, rates)
-    actors = min(config.machines.pool_actors or os.cpu_count() or 1, len(pool.shards))
-    memory = ROW_BYTES * pool.count + BASE_BYTES * config.machines.trainers + WORKER_BYTES * actors
+    workers = WORKER_BYTES * _actors(config, pool)
+    memory = ROW_BYTES * pool.count + BASE_BYTES * config.machines.trainers + workers
     parts = ", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items())
     bottleneck = max(seconds, key=lambda name: seconds[name])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"

@@ -112,9 +112,4 @@ def show(config: Config, crew: Crew, pool: Pool, rows: np.ndarray, looks: bool) 
 def smallest(value_N: Floats, eligible_N: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
     """Rows of the ``count`` smallest values among eligible rows, in order of rows; of equal values the first rows."""
     rows = np.flatnonzero(eligible_N)
-    if count >= len(rows):
-        return rows
-    value = value_N[rows]
-    last = np.partition(value, count - 1)[count - 1]
-    tied = np.flatnonzero(value == last)[: count - int((value < last).sum())]
-    return np.sort(np.concatenate([rows[value < last], rows[tied]]))
+    return rows[np.sort(ranking.least(value_N[rows], count))]

@@ -186,10 +186,10 @@ def _take_turns(rank: NDArray[np.uint64], order: NDArray[Any], stratum_N: NDArra
     """Write ranks of rows that are in ranked ``order`` when the strata take turns, each in its own order."""
     parts = [slice(start, start + _AT_ONCE) for start in range(0, len(order), _AT_ONCE)]
     turn_M = np.empty_like(order)  # of each row in its stratum
-    least, most = int(stratum_N.min(initial=0)), int(stratum_N.max(initial=0))
-    sizes = np.zeros(most - least + 1, order.dtype)
+    lowest, highest = int(stratum_N.min(initial=0)), int(stratum_N.max(initial=0))
+    sizes = np.zeros(highest - lowest + 1, order.dtype)
     for part in parts:
-        turn_M[part] = _numbers(stratum_N[order[part]] - least, sizes)
+        turn_M[part] = _numbers(stratum_N[order[part]] - lowest, sizes)
     taking_turn = len(sizes) - np.cumsum(np.bincount(sizes))  # strata that have more than t rows, for every t
     upcoming = np.concatenate([[0], np.cumsum(taking_turn)]).astype(np.uint64)  # turn t begins after all before it
     for part in parts:

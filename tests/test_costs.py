@@ -16,9 +16,7 @@ from trainers.data import IdSet
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    folder = tmp_path_factory.mktemp("costs")
-    made.tars(folder / "tars", made.pixels(600, 32), 2)
-    return made.pool(folder / "pool", folder / "tars")
+    return made.pool(tmp_path_factory.mktemp("costs"), made.pixels(600, 32), 2)
 
 
 def test_parts_grow_with_what_they_are_for(pool: Pool, digits: IdSet) -> None:
@@ -51,7 +49,7 @@ def test_what_does_not_decode_is_no_obstacle(pool: Pool, digits: IdSet, monkeypa
     def bad(data: bytes, size: int) -> np.ndarray:
         raise ValueError("no image")
 
-    monkeypatch.setattr(costs, "decode", bad)
+    monkeypatch.setattr("miner.cache.decode", bad)
     assert costs.measured(Config(data=Data(pool=pool.path)), pool, digits).forward > 0
     assert "GiB in all processes" in costs.told(Config(data=Data(pool=pool.path)), pool, digits)
 

@@ -20,9 +20,7 @@ from trainers.data import IdSet
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    folder = tmp_path_factory.mktemp("counts")
-    made.tars(folder / "tars", made.pixels(4000, 32), 2)
-    return made.pool(folder / "pool", folder / "tars")
+    return made.pool(tmp_path_factory.mktemp("counts"), made.pixels(4000, 32), 2)
 
 
 def test_export_reads_little_more_than_what_it_keeps(pool: Pool, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from benchmarks.speed.made import jpeg, pixels, pool, tars
+from benchmarks.speed.made import jpeg, pixels, pool
 from benchmarks.speed.timing import Way, compare
 from miner import cache
 from miner.images import decode
@@ -55,8 +55,7 @@ def main(repeat: int) -> None:
 
 
 def _build(folder: Path) -> Way:
-    tars(folder / "tars", pixels(IMAGES, 32), 1)
-    made = pool(folder / "pool", folder / "tars")
+    made = pool(folder, pixels(IMAGES, 32), 1)
 
     def way() -> int:
         with tempfile.TemporaryDirectory() as where:

@@ -1,4 +1,4 @@
-"""Feeding: images a second that one worker process delivers to another, as uint8 batches in a random order of blocks.
+"""Feeding: images a second that one worker process delivers to another, as uint8 batches.
 
 Every way reads the same images, in the form that suits it best, with one worker: ours one pool actor, the others one
 worker of torch's DataLoader, Ray Data its own. The consumer touches every pixel.
@@ -31,8 +31,8 @@ class Files:
     def __init__(self, folder: Path, side: int) -> None:
         self.folder, self.side = folder, side
         self.pixels = made.pixels(IMAGES, side)
-        self.tars = made.tars(folder / "tars", self.pixels, TARS)
-        self.pool = made.pool(folder / "pool", folder / "tars").path
+        self.pool = made.pool(folder, self.pixels, TARS).path
+        self.tars = sorted(str(path) for path in (folder / "tars").iterdir())
         for i, image in enumerate(self.pixels):
             path = folder / "images" / str(i % 10) / f"{i:06d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)

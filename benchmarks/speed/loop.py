@@ -10,7 +10,7 @@ import numpy as np
 import ray
 import torch
 
-from benchmarks.speed.made import pixels, pool, tars
+from benchmarks.speed.made import classifier, pixels, pool
 from benchmarks.speed.timing import table
 from miner import ranking, rules
 from miner.config import Config, Data, Game, Output, Selection
@@ -20,8 +20,7 @@ from miner.progress import Display
 from miner.rays import connect
 from miner.sweep import block_size
 from trainers.actor import Trainer
-from trainers.checkpoint import load_net, save_checkpoint
-from trainers.config import PretrainConfig
+from trainers.checkpoint import load_net
 from trainers.data import load_id
 
 IMAGES, SHARDS, ROUNDS, STEPS, STRATA = 20_480, 8, 3, 40, 100
@@ -33,13 +32,8 @@ def main(repeat: int) -> None:
     images = np.stack(pixels(IMAGES, 32))
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
-        tars(folder / "tars", list(images), SHARDS)
-        net = folder / "net.safetensors"
-        trainer = Trainer("small", load_id("demo"), seed=0, game=Game())
-        trainer.pretrain(PretrainConfig(epochs=1, batch=64, lr=0.1))
-        save_checkpoint(net, trainer.net, {"model": "small", "classes": list(trainer.id_set.classes)})
         config = Config(
-            data=Data(pool=pool(folder / "pool", folder / "tars").path, checkpoint=str(net)),
+            data=Data(pool=pool(folder, list(images), SHARDS).path, checkpoint=classifier(folder / "net.safetensors")),
             game=Game(rounds=ROUNDS, steps=STEPS, views=1),
             selection=Selection(gamma=(0.1,), exclude_near_id=0.01, strata=STRATA),
         )

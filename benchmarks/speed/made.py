@@ -1,4 +1,4 @@
-"""Inputs for the measurements: the demo's pool drawn larger, as JPEGs in tars and as a pool over them."""
+"""Inputs for the measurements: the demo's pool drawn larger, as JPEGs in tars and as a pool over them; a classifier."""
 
 import io
 from pathlib import Path
@@ -8,9 +8,14 @@ from PIL import Image
 
 from miner import demo
 from miner.build import finish, prepare, run_job
+from miner.config import Game
 from miner.pool import Pool
 from miner.sources import Recipe
 from miner.tars import TarWriter
+from trainers.actor import Trainer
+from trainers.checkpoint import save_checkpoint
+from trainers.config import PretrainConfig
+from trainers.data import load_id
 
 
 def pixels(count: int, side: int) -> list[np.ndarray]:
@@ -38,11 +43,21 @@ def tars(folder: Path, images: list[np.ndarray], count: int) -> list[str]:
     return [str(path) for path in paths]
 
 
-def pool(folder: Path, source: Path) -> Pool:
-    """A pool that adopts the tars in ``source`` where they lie."""
-    folder.mkdir(parents=True)
-    recipe = Recipe("tars", (str(source),))
-    planned = prepare(recipe, str(folder))
+def pool(folder: Path, images: list[np.ndarray], shards: int) -> Pool:
+    """A pool that adopts ``shards`` tars of these images, ``folder``/tars, where they lie."""
+    recipe = Recipe("tars", (str(folder / "tars"),))
+    tars(folder / "tars", images, shards)
+    made = folder / "pool"
+    made.mkdir()
+    planned = prepare(recipe, str(made))
     for job in planned.jobs:
-        run_job(str(folder), job)
-    return finish(recipe, str(folder), folder.name, planned)
+        run_job(str(made), job)
+    return finish(recipe, str(made), "made", planned)
+
+
+def classifier(path: Path) -> str:
+    """A checkpoint of ``small`` after one epoch on the demo's ID set."""
+    trainer = Trainer("small", load_id("demo"), seed=0, game=Game())
+    trainer.pretrain(PretrainConfig(epochs=1, batch=64, lr=0.1))
+    save_checkpoint(path, trainer.net, {"model": "small", "classes": list(trainer.id_set.classes)})
+    return str(path)

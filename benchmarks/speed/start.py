@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.speed.made import pixels, pool, tars
+from benchmarks.speed.made import pixels, pool
 from benchmarks.speed.timing import table
 
 HELP = ("resample", "train", "evaluate", "shard", "status", "compare", "universal", "report", "agree", "abnormality")
@@ -31,8 +31,7 @@ def main(repeat: int) -> None:
         with tempfile.TemporaryDirectory() as where:
             run = Path(where) / "run"
             net = Path(where) / "net.safetensors"
-            tars(Path(where) / "tars", pixels(20_000, 32), 4)
-            made = pool(Path(where) / "pool", Path(where) / "tars").path
+            made = pool(Path(where), pixels(20_000, 32), 4).path
             words = ["pipelines.resample", f"--pool={made}", "--gamma=0.1", "--rounds=1", "--views=1", f"--out={run}"]
             _checkpoint(net)
             started = time.time()
