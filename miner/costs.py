@@ -55,7 +55,7 @@ def measured(config: Config, pool: Pool, id_set: IdSet) -> Rates:
     like_all = features[rng.integers(0, len(features), len(id_set.train_images))]
     like_all *= rng.uniform(0.9, 1.1, like_all.shape)  # no two alike: search among equals is slower
     trainer.nearest = NearestID(like_all, trainer.scoring_threads)
-    trainer.set_strata(fit_strata(trainer._look(images)[2], min(64, len(images)), 0, 1))
+    trainer.set_strata(fit_strata(trainer.looks(images)[1], min(64, len(images)), 0, 1))
     forward = _seconds(lambda: trainer.score(images, False)) / len(images)
     both = _seconds(lambda: trainer.score(images, True)) / len(images)
     order = np.resize(np.arange(len(images)), game.batch)

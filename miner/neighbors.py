@@ -1,19 +1,21 @@
 """FAISS over features: the nearest ID images of a pool image, and k-means strata of the pool.
 
 Features are penultimate features of the *frozen* ID-trained classifier, never of the one in the game, which
-the game pulls about. FAISS runs on the GPU when faiss-gpu is installed and a GPU is visible, on the CPU else.
+the game pulls about. FAISS searches on CPUs; on a GPU, for which its package is seldom there, one matrix product does.
 """
 
 from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from miner.errors import MinerError
 
 K_NEAREST = 50  # the leak guard judges by the 50th neighbour: one odd ID image should not condemn
 _SPARE = 14  # more candidates than needed, so that float32 search noise cannot decide who is 50th
+PRODUCTS = 1 << 28  # cosines that a GPU holds at once: 1 GiB
 WHITENED = 48  # axes that strata are found in
 POINTS_PER_STRATUM = 64  # k-means sees this many images a stratum
 
@@ -29,24 +31,31 @@ def unit(features_ND: Features) -> Features:
 class NearestID:
     """Exact cosine search over the ID set's features."""
 
-    def __init__(self, id_features_MD: Features, threads: int) -> None:
+    def __init__(self, id_features_MD: Features, threads: int, device: torch.device | None = None) -> None:
+        """``device``: a GPU on which all vectors lie and are compared, in blocks; None or a CPU: FAISS."""
         self.threads = threads
         self.id_MD = unit(id_features_MD)
         self.k = min(K_NEAREST, len(self.id_MD))
-        self.index: Any = faiss.IndexFlatIP(self.id_MD.shape[1])
-        if getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
-            self.index = faiss.index_cpu_to_all_gpus(self.index)
-        self.index.add(self.id_MD)
+        self.candidates = min(self.k + _SPARE, len(self.id_MD))
+        self.index: Any = None
+        self.on_device: torch.Tensor | None = None
+        if device is not None and device.type != "cpu":
+            self.on_device = torch.from_numpy(self.id_MD).to(device)
+        else:
+            self.index = faiss.IndexFlatIP(self.id_MD.shape[1])
+            self.index.add(self.id_MD)
 
     def query(self, features_BD: Features) -> tuple[NDArray[np.int32], Features, Features]:
         """Nearest ID row, its cosine, and the cosine of the 50th nearest, ``[B]`` each (int32, float32, float32).
 
-        FAISS's own distances change in the last bits with the batch they are asked in: it proposes candidates,
-        their cosines are recomputed in float64, ties go to the smaller ID row.
+        Distances in float32 change in the last bits with the batch they are asked in: that search proposes
+        candidates, their cosines are recomputed in float64, ties go to the smaller ID row.
         """
-        faiss.omp_set_num_threads(self.threads)  # a setting of the process, which `fit_strata` changes
         query_BD = unit(features_BD)
-        _, candidate_BK = self.index.search(query_BD, min(self.k + _SPARE, len(self.id_MD)))
+        if self.on_device is not None:
+            return self._on_device(torch.from_numpy(query_BD).to(self.on_device.device))
+        faiss.omp_set_num_threads(self.threads)  # a setting of the process, which `fit_strata` changes
+        _, candidate_BK = self.index.search(query_BD, self.candidates)
         candidate_BK = np.sort(candidate_BK, axis=1)
         cosine_BK = np.empty(candidate_BK.shape)
         for start in range(0, len(query_BD), 256):  # keeps the gathered float64 vectors within some 50 MB
@@ -60,6 +69,21 @@ class NearestID:
             np.take_along_axis(cosine_BK, first, 1)[:, 0].astype(np.float32),
             np.take_along_axis(cosine_BK, last, 1)[:, 0].astype(np.float32),
         )
+
+    def _on_device(self, query_BD: torch.Tensor) -> tuple[NDArray[np.int32], Features, Features]:
+        """``query`` where the vectors lie: the same candidates but for float32 noise, the same float64 cosines."""
+        assert self.on_device is not None
+        found = []
+        for part_bD in query_BD.split(max(PRODUCTS // len(self.id_MD), 1)):
+            row_bK = (part_bD @ self.on_device.T).topk(self.candidates, dim=1).indices.sort(dim=1).values
+            cosine_bK = torch.einsum("bkd,bd->bk", self.on_device[row_bK].double(), part_bD.double())
+            cosine_bK, order_bK = cosine_bK.sort(dim=1, descending=True, stable=True)
+            nearest_b = row_bK.gather(1, order_bK[:, :1])[:, 0]
+            found.append((nearest_b.int(), cosine_bK[:, 0].float(), cosine_bK[:, self.k - 1].float()))
+        empty = torch.empty(0, self.candidates)
+        found = found or [(empty[:, 0].int(), empty[:, 0], empty[:, 0])]
+        row, first, last = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+        return row, first, last
 
 
 def check_finite(features_ND: Features) -> Features:

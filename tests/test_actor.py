@@ -9,9 +9,10 @@ import torch
 from miner.config import Game
 from miner.guard import NO_CLASS
 from trainers import models
-from trainers.actor import Trainer, views
+from trainers.actor import Trainer
 from trainers.data import IdSet, normalise
 from trainers.train import uniformity
+from trainers.views import views
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +31,17 @@ def small_set(digits: IdSet) -> IdSet:
 
 
 def test_views_are_the_mirror_image_and_shifts_reflected_at_the_edge(images: np.ndarray) -> None:
-    found = list(views(images, 6, flip=True))
+    pixels = torch.from_numpy(images)
+    found = [view.numpy() for view in views(pixels, 6, flip=True)]
     assert len(found) == 5
     np.testing.assert_array_equal(found[0], images[:, :, ::-1])
     down_right = found[1]  # the window moves by (2, 1)
     np.testing.assert_array_equal(down_right[:, :-2, :-1], images[:, 2:, 1:])
     np.testing.assert_array_equal(down_right[:, -1, :-1], images[:, -3, 1:])  # reflected about the last row
     assert [view.shape for view in found] == [images.shape] * 5
-    assert len(list(views(images, 6, flip=False))) == 4
-    assert list(views(images, 1, flip=True)) == []
-    np.testing.assert_array_equal(next(views(images, 2, flip=False)), down_right)
+    assert len(list(views(pixels, 6, flip=False))) == 4
+    assert list(views(pixels, 1, flip=True)) == []
+    np.testing.assert_array_equal(next(views(pixels, 2, flip=False)), down_right)
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
@@ -51,8 +53,8 @@ def test_a_loss_is_the_mean_over_views(small_set: IdSet, images: np.ndarray, cou
     assert told.dtype == np.float32
     each = []
     with torch.inference_mode():
-        for view in (big, *views(big, count, flip=True)):
-            features = torch.from_numpy(actor.features(view))
+        for view in (torch.from_numpy(big), *views(torch.from_numpy(big), count, flip=True)):
+            features = torch.from_numpy(actor.features(view.numpy()))
             each.append(uniformity(actor.net.head(features)).numpy())
     assert len(each) == count
     np.testing.assert_allclose(told, np.mean(each, axis=0), rtol=1e-5, atol=1e-6)

@@ -14,8 +14,9 @@ from miner.config import Game
 from miner.pool import Pool
 from miner.subset import write_subset
 from miner.weights import ShardState, final_table
-from trainers.actor import Trainer, views
+from trainers.actor import Trainer
 from trainers.data import IdSet
+from trainers.views import views
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_a_score_forwards_each_view_once(digits: IdSet, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(trainer.net, "features", counted)
     images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), np.uint8)
-    others = len(list(views(images, 6, digits.flip)))
+    others = len(list(views(torch.from_numpy(images), 6, digits.flip)))
     trainer.score(images, look_up=True)
     assert sum(seen) == 300 * (1 + others)
     assert not any(p.grad is not None for p in trainer.net.parameters())

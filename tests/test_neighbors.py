@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from miner import demo
+from miner import demo, neighbors
 from miner.errors import MinerError
 from miner.neighbors import POINTS_PER_STRATUM, NearestID, fit_strata, unit
 from trainers import models
@@ -35,14 +35,26 @@ def brute(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np
     return cosine.argmax(axis=1), cosine.max(axis=1), np.sort(cosine, axis=1)[:, -k]
 
 
+def search(rows: np.ndarray, how: str = "faiss") -> NearestID:
+    """An index of one thread; "device" searches as on a GPU, here with the vectors on the CPU."""
+    index = NearestID(rows, threads=1)
+    if how == "device":
+        index.on_device, index.index = torch.from_numpy(index.id_MD), None
+    return index
+
+
+both = pytest.mark.parametrize("how", ["faiss", "device"])
+
+
 def test_unit_rows() -> None:
     scaled = unit(np.array([[3.0, 4.0], [0.0, 0.0], [-2.0, 0.0]], np.float32))
     assert scaled.dtype == np.float32
     assert scaled == pytest.approx(np.array([[0.6, 0.8], [0, 0], [-1, 0]]))
 
 
-def test_neighbours_equal_brute_force(id_features: np.ndarray, pool_features: np.ndarray) -> None:
-    row, cosine, fiftieth = NearestID(id_features, threads=1).query(pool_features)
+@both
+def test_neighbours_equal_brute_force(id_features: np.ndarray, pool_features: np.ndarray, how: str) -> None:
+    row, cosine, fiftieth = search(id_features, how).query(pool_features)
     assert (row.dtype, cosine.dtype, fiftieth.dtype) == (np.int32, np.float32, np.float32)
     best, best_cosine, kth = brute(pool_features, id_features, 50)
     np.testing.assert_allclose(cosine, best_cosine, atol=3e-7)
@@ -53,8 +65,9 @@ def test_neighbours_equal_brute_force(id_features: np.ndarray, pool_features: np
     np.testing.assert_array_equal(row[clear], best[clear])
 
 
-def test_an_id_image_finds_itself(id_features: np.ndarray) -> None:
-    row, cosine, fiftieth = NearestID(id_features, threads=1).query(id_features * 2.5)
+@both
+def test_an_id_image_finds_itself(id_features: np.ndarray, how: str) -> None:
+    row, cosine, fiftieth = search(id_features, how).query(id_features * 2.5)
     np.testing.assert_array_equal(row, np.arange(len(id_features)))
     np.testing.assert_allclose(cosine, 1, atol=1e-6)
     assert fiftieth.max() < 1
@@ -71,15 +84,17 @@ def test_answers_do_not_depend_on_the_batch(id_features: np.ndarray, pool_featur
     assert all(a.tobytes() == b.tobytes() for a, b in zip(two, whole, strict=True))
 
 
-def test_ties_go_to_the_smaller_row(id_features: np.ndarray) -> None:
+@both
+def test_ties_go_to_the_smaller_row(id_features: np.ndarray, how: str) -> None:
     copies = np.concatenate([id_features[:100], id_features[:100][::-1], id_features[:100]])
-    row, _, _ = NearestID(copies, threads=1).query(id_features[:100])
+    row, _, _ = search(copies, how).query(id_features[:100])
     np.testing.assert_array_equal(row, np.arange(100))
 
 
+@both
 @pytest.mark.parametrize("count", [1, 2, 49, 50, 51, 63, 64, 65])
-def test_few_id_images(id_features: np.ndarray, pool_features: np.ndarray, count: int) -> None:
-    row, cosine, fiftieth = NearestID(id_features[:count], threads=1).query(pool_features[:90])
+def test_few_id_images(id_features: np.ndarray, pool_features: np.ndarray, count: int, how: str) -> None:
+    row, cosine, fiftieth = search(id_features[:count], how).query(pool_features[:90])
     best, best_cosine, kth = brute(pool_features[:90], id_features[:count], min(count, 50))
     np.testing.assert_allclose(cosine, best_cosine, atol=3e-7)
     np.testing.assert_allclose(fiftieth, kth, atol=3e-7)
@@ -87,9 +102,20 @@ def test_few_id_images(id_features: np.ndarray, pool_features: np.ndarray, count
     assert (row == best).mean() > 0.9
 
 
-def test_no_query(id_features: np.ndarray) -> None:
-    found = NearestID(id_features, threads=1).query(id_features[:0])
+@both
+def test_no_query(id_features: np.ndarray, how: str) -> None:
+    found = search(id_features, how).query(id_features[:0])
     assert [len(column) for column in found] == [0, 0, 0]
+
+
+def test_a_device_finds_what_faiss_finds(
+    id_features: np.ndarray, pool_features: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbors, "PRODUCTS", 100 * len(id_features))  # several blocks
+    found, wanted = (search(id_features, how).query(pool_features) for how in ("device", "faiss"))
+    for column, expected in zip(found, wanted, strict=True):
+        assert column.dtype == expected.dtype
+        np.testing.assert_allclose(column, expected, atol=1e-7)
 
 
 # --- strata ---

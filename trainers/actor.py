@@ -1,7 +1,7 @@
 """TrainerActor: scores blocks of the pool forward-only and takes the game's training steps. GPU when there is one."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from trainers.data import IdSet, augment, normalise
 from trainers.fit import pretrain
 from trainers.train import autocast, features_and_logits, joint_step, uniformity
 from trainers.train import place as to_device
+from trainers.views import on_device, views
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -31,23 +32,8 @@ Tensors = tuple[torch.Tensor, ...]
 _FORWARD = {"cpu": 256, "cuda": 4096}
 
 
-# The image itself comes first. A loss that is averaged over views depends less on the net that it is measured with.
-_SHIFTS = ((2, 1), (-2, -1), (1, -2), (-1, 2))
-_MARGIN = 2
 _STATE = "state.safetensors"  # of a pre-training epoch
 _NEAR_SAMPLE, _NEAR_SALT = 5_000, 0x1D  # ID images that say how near is near
-
-
-def views(images: np.ndarray, count: int, flip: bool) -> Iterator[np.ndarray]:
-    """The other ``count`` - 1 views of uint8 images [n, S, S, 3]: mirrored (if ``flip``), then shifted by 1 and 2 px.
-
-    What a shift brings in is the image reflected at its edge.
-    """
-    side = images.shape[1]
-    wide = np.pad(images, ((0, 0), (_MARGIN, _MARGIN), (_MARGIN, _MARGIN), (0, 0)), mode="reflect")
-    shifted = [wide[:, _MARGIN + y : _MARGIN + y + side, _MARGIN + x : _MARGIN + x + side] for y, x in _SHIFTS]
-    others = [np.ascontiguousarray(images[:, :, ::-1]), *shifted] if flip else shifted
-    yield from others[: count - 1]
 
 
 class Trainer:
@@ -135,27 +121,22 @@ class Trainer:
     # --- the frozen classifier: features, neighbours, strata ---------------------------------------------------
 
     @torch.inference_mode()
-    def _batched(self, images_BHWC: np.ndarray, forward: Callable[[torch.Tensor], Tensors]) -> Tensors:
-        """What ``forward`` gives of the normalised images, batch by batch, joined on the CPU."""
+    def _batched(self, images_BHWC: torch.Tensor, forward: Callable[[torch.Tensor], Tensors]) -> Tensors:
+        """What ``forward`` gives of the normalised images, batch by batch, joined; all of it stays on the device."""
         torch.set_num_threads(self.scoring_threads)
-        size, parts = _FORWARD[self.device.type], []
-        for start in range(0, len(images_BHWC), size):
-            x = normalise(torch.tensor(images_BHWC[start : start + size]).to(self.device))
-            parts.append([t.cpu() for t in forward(x)])
+        parts = [forward(normalise(batch)) for batch in images_BHWC.split(_FORWARD[self.device.type])]
         return tuple(torch.cat(found) for found in zip(*parts, strict=True))
 
-    def _forward(self, images: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+    def _forward(self, images: torch.Tensor) -> Tensors:
         """Float32 features and logits."""
-        features, logits = self._batched(images, partial(features_and_logits, self.net))
-        return features.numpy(), logits
+        return self._batched(images, partial(features_and_logits, self.net))
 
-    def _look(self, images: np.ndarray) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
+    def _look(self, images: torch.Tensor) -> Tensors:
         """Features, logits, and what strata are found in, which costs more: only for what needs it."""
         if self.by_features:
             features, logits = self._forward(images)
-            return features, logits, unit(features)
-        found, logits, looks = self._batched(images, self._described)
-        return found.numpy(), logits, looks.numpy()
+            return features, logits, torch.from_numpy(unit(features.cpu().numpy()))
+        return self._batched(images, self._described)
 
     def _described(self, x: torch.Tensor) -> Tensors:
         """Float32 features, logits and looks: ``features_and_logits`` with the maps on the way."""
@@ -166,7 +147,12 @@ class Trainer:
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Penultimate features float32 ``[n, D]`` of uint8 images ``[n, S, S, 3]``."""
-        return self._forward(images)[0]
+        return self._forward(on_device(images, self.device))[0].cpu().numpy()
+
+    def looks(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Float32 features ``[n, D]``, and what strata are found in ``[n, F]``, of uint8 images ``[n, S, S, 3]``."""
+        features, _, looks = self._look(on_device(images, self.device))
+        return features.cpu().numpy(), looks.cpu().numpy()
 
     def look_up_id(self, keep: bool = False) -> np.ndarray:
         """Index the ID training set under the classifier as it is now; ``keep`` its features for ``fit_boundary``.
@@ -177,7 +163,7 @@ class Trainer:
         if self.id_near is not None and not keep:
             return self.id_near
         features = self.features(self.id_set.train_images)
-        self.nearest = NearestID(features, self.scoring_threads)
+        self.nearest = NearestID(features, self.scoring_threads, self.device)
         self.id_features = features if keep else None
         rng = np.random.default_rng([self.seed, _NEAR_SALT])
         rows = np.sort(rng.permutation(len(features))[:_NEAR_SAMPLE])
@@ -187,7 +173,7 @@ class Trainer:
     def see(self, first: bool, looks: bool, *parts: np.ndarray) -> None:
         """Keep features, and ``looks``, of these images for the next fit; the ``first`` call forgets earlier ones."""
         images, before = np.concatenate(parts), [] if first else self.seen
-        features, _, found = self._look(images) if looks else (self.features(images), None, np.empty(0))
+        features, found = self.looks(images) if looks else (self.features(images), np.empty(0))
         self.seen = [*before, (features, found)]
 
     def _seen(self) -> list[np.ndarray]:
@@ -230,21 +216,23 @@ class Trainer:
         With ``look_up`` beside it: nearest ID images, stratum, distance to POEM's boundary, as far as they were set.
         """
         scores: dict[str, np.ndarray] = {}
+        x = on_device(images, self.device)
         if look_up and self.strata is not None:
-            features, logits, looks = self._look(images)
-            scores["stratum"] = self.strata.assign(looks)
+            features, logits, looks = self._look(x)
         else:
-            features, logits = self._forward(images)
+            features, logits = self._forward(x)
         losses = [uniformity(logits)]
-        losses += [uniformity(self._forward(view)[1]) for view in views(images, self.views, self.id_set.flip)]
-        scores["loss"] = torch.stack(losses).double().mean(dim=0).float().numpy()
+        losses += [uniformity(self._forward(view)[1]) for view in views(x, self.views, self.id_set.flip)]
+        loss = torch.stack(losses).double().mean(dim=0).float()  # on a GPU nothing has been waited for up to here
         if look_up:
+            if self.strata is not None:
+                scores["stratum"] = self.strata.assign(looks.cpu().numpy())
             if self.nearest is not None:
-                found = self.nearest.query(features)
+                found = self.nearest.query(features.cpu().numpy())
                 scores |= dict(zip(("nn_id_row", "nn_id_cosine", "nn50_id_cosine"), found, strict=True))
             if self.boundary is not None:
-                scores["boundary"] = poem_distance(features, self.boundary)
-        return scores
+                scores["boundary"] = poem_distance(features.cpu().numpy(), self.boundary)
+        return scores | {"loss": loss.cpu().numpy()}
 
     def train(
         self, round_: int, first: int, order: np.ndarray, factors: np.ndarray | None, *parts: np.ndarray

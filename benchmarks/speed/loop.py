@@ -71,7 +71,7 @@ def by_hand(config: Config, images: np.ndarray) -> float:
     trainer.net.load_state_dict(ready.state_dict())
     trainer.net.eval()
     trainer.look_up_id()
-    looks = trainer._look(images[:6400])[2]
+    looks = trainer.looks(images[:6400])[1]
     trainer.set_strata(fit_strata(looks, STRATA, 0, 1))
     uid = np.random.default_rng(0).integers(0, 2**64, (len(images), 2), np.uint64)
     log_weight, scale = np.zeros(len(images)), 0.0
