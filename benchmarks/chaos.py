@@ -1,6 +1,7 @@
 """Kill a mining again and again, at seeded random moments, and compare what it leaves with an undisturbed one.
 
     python -m benchmarks.chaos --kills 60 --seed 1
+    python -m benchmarks.chaos --kills 20 -- --trainers 2 --parts 2
 
 Plays the main job on 3,000 of the demo's images (its classifier's own training included) once in peace and once
 under fire: SIGKILL to pool actors, trainers, Ray's raylet and GCS server, SIGKILL, SIGTERM and SIGINT to the driver,
@@ -118,8 +119,8 @@ def plan(kills: int, seed: int, kinds: Sequence[str]) -> list[Kill]:
 class Chaos:
     """One mining under fire: ``play`` strikes as planned and runs the command again whenever it has ended."""
 
-    def __init__(self, pool: Path, run: Path, kills: list[Kill], log: Path) -> None:
-        self.pool, self.run, self.log = pool, run, log
+    def __init__(self, pool: Path, run: Path, kills: list[Kill], log: Path, flags: Sequence[str] = ()) -> None:
+        self.pool, self.run, self.log, self.flags = pool, run, log, flags
         self.open, self.done = list(kills), list[Kill]()
         self.starts = 0
         self.driver = self.start()
@@ -128,7 +129,7 @@ class Chaos:
         """The command, as any user would run it, and run it again."""
         self.starts += 1
         with open(self.log, "ab") as sink:
-            return subprocess.Popen(command(self.pool, self.run), cwd=ROOT, stdout=sink, stderr=sink)
+            return subprocess.Popen(command(self.pool, self.run, self.flags), cwd=ROOT, stdout=sink, stderr=sink)
 
     def play(self) -> list[Kill]:
         """Strike until the plan is worked off or its phases are over, and the run has ended well; the kills done.
@@ -203,14 +204,16 @@ def point(status: dict[str, Any]) -> tuple[int, ...]:
     return round_, order.index(name), int(status["done"])
 
 
-def command(pool: Path, run: Path) -> list[str]:
-    """The main job."""
-    return [sys.executable, "-m", "pipelines.resample", "--pool", str(pool), "--out", str(run), *FLAGS]
+def command(pool: Path, run: Path, flags: Sequence[str] = ()) -> list[str]:
+    """The main job, with further ``flags``."""
+    return [sys.executable, "-m", "pipelines.resample", "--pool", str(pool), "--out", str(run), *FLAGS, *flags]
 
 
-def in_peace(pool: Path, run: Path) -> float:
+def in_peace(pool: Path, run: Path, flags: Sequence[str] = ()) -> float:
     """Play once undisturbed; the seconds of its longest round."""
-    subprocess.run(command(pool, run), cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        command(pool, run, flags), cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     return max(json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines())
 
 
@@ -222,11 +225,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60, help="kills in one mining")
     parser.add_argument("--seed", type=int, default=1, help="of their order, kinds and moments")
     parser.add_argument("--out", type=Path, help="folder for pool, runs and log (default: a temporary one)")
+    parser.add_argument("flags", nargs="*", help="after --: further flags of pipelines.resample")
     asked = parser.parse_args()
     folder = asked.out or Path(tempfile.mkdtemp(prefix="chaos-"))
     pool = make_pool(folder / "pool")
-    round_ = in_peace(pool, folder / "peace")
-    chaos = Chaos(pool, folder / "fire", plan(asked.kills, asked.seed, list(KINDS)), folder / "log.txt")
+    round_ = in_peace(pool, folder / "peace", asked.flags)
+    chaos = Chaos(pool, folder / "fire", plan(asked.kills, asked.seed, list(KINDS)), folder / "log.txt", asked.flags)
     kills = chaos.play()
     expected, found, left = result(folder / "peace"), result(folder / "fire"), half_written(folder / "fire")
     same = sum(expected[name] == digest for name, digest in found.items())

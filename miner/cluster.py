@@ -52,6 +52,7 @@ class Crew:
         self.kept_at, self.losses = time.monotonic(), 0
         self.pools = [self._pool(i) for i in range(max(1, min(wanted, shards)))]
         self.trainers = [self._trainer(i) for i in range(config.machines.trainers)]
+        self.members = self.trainers[:1]
         self._assemble()
 
     @property
@@ -106,6 +107,12 @@ class Crew:
                 raise LostError(f"a worker process hangs ({self.names[actor]}: no answer for {PATIENCE:.0f} s)")
             else:
                 self.pings[actor] = question, since
+
+    def join(self, most: int) -> None:
+        """Have the first ``most`` trainers, as far as there are so many, share training steps from now on."""
+        self.members = self.trainers[:most]
+        where = self.get(self.members[0].meet.remote()) if len(self.members) > 1 else ("", 0)
+        self.get([member.join.remote(rank, len(self.members), where) for rank, member in enumerate(self.members)])
 
     # --- losses --------------------------------------------------------------------------------------------------
 

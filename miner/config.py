@@ -65,6 +65,9 @@ class Game:
     threads: int = 1
     """CPU threads that train. Part of the result: gradients are summed in as many parts. Scoring, which does not
     depend on it, uses all cores but one anyway."""
+    parts: int = 1
+    """Parts that a training step's batch is cut into, so that as many --trainers can share it. Part of the result:
+    gradients are added up part by part, by however many trainers. 1: the first one trains, the others only score."""
 
     @property
     def effective_rounds(self) -> int:
@@ -100,7 +103,7 @@ class Machines:
     pool_actors: int | None = None
     """Processes that own pool shards and weights. Default: one a core, at most one a shard and 16."""
     trainers: int = 1
-    """Processes that score, one GPU each where there are GPUs. The first one also trains."""
+    """Processes that score, one GPU each where there are GPUs. The first one also trains, or, with --parts, as many."""
     address: str | None = None
     """Ray cluster to join (`auto` or host:port); pool and --out then lie on a disk that all nodes see, or at URLs.
     Default: a private Ray on this machine."""

@@ -35,6 +35,7 @@ def check(config: Config) -> None:
         ("--seed", config.data.seed, 0),
         ("--size", config.data.size, 8),
         ("--threads", config.game.threads, 1),
+        ("--parts", config.game.parts, 1),
     ):
         if not value >= least:
             raise UsageError(f"{flag} {value}: must be at least {least}")
@@ -43,6 +44,8 @@ def check(config: Config) -> None:
     machines = config.machines
     if machines.autoscale and not (machines.address and machines.pool_actors):
         raise UsageError("--autoscale: needs --address, and --pool-actors, of which machines are asked for")
+    if config.game.parts > config.game.batch:
+        raise UsageError(f"--parts {config.game.parts}: a batch has {config.game.batch} images (--batch)")
     if config.game.views > MOST_VIEWS:
         raise UsageError(f"--views {config.game.views}: there are at most {MOST_VIEWS}")
     if not 0.0 <= config.game.smooth <= 1.0:

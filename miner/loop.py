@@ -26,6 +26,7 @@ from miner.rules import Sums
 from miner.run_dir import RunDir, write_file, write_json
 from miner.stepwise import stepwise_round
 from miner.sweep import Sweep, block_size, cut
+from trainers.together import own_positions
 
 CHUNK_STEPS = 16  # training steps a message
 
@@ -188,7 +189,7 @@ class Game:
         entropies: list[float] = []
         losses: list[np.ndarray] = []
         for result in self._chunks(round_, places):
-            entropy, loss = self.crew.get(result)
+            entropy, loss = self.crew.get(result)[0]  # members of a group all know the same
             entropies += entropy
             losses.append(loss)
             self.display.advance(len(loss), note=f"L_out {loss.mean():.4f}")
@@ -211,15 +212,29 @@ class Game:
             waiting = submitted
         yield waiting
 
-    def submit(self, round_: int, first: int, places: np.ndarray, factors: np.ndarray | None) -> Any:
-        """Gather the images of (shard, row) places from their owners and hand them to the training actor."""
+    def submit(self, round_: int, first: int, places: np.ndarray, factors: np.ndarray | None) -> list[Any]:
+        """Have the images of (shard, row) places gathered by their owners and trained on by those who train.
+
+        Each of these gets its own part of every batch; all give the same answer.
+        """
+        batch, parts, members = self.config.game.batch, self.config.game.parts, self.crew.members
+        answers = []
+        for rank, trainer in enumerate(members):
+            own = own_positions(batch, len(places) // batch, parts, rank, len(members))
+            order, images = self._gather(places[own])
+            answers.append(
+                trainer.train.remote(round_, first, order, None if factors is None else factors[own], *images)
+            )
+        return answers
+
+    def _gather(self, places: np.ndarray) -> tuple[np.ndarray, list[Any]]:
+        """References to the images of ``places``, shard by shard, and the order that brings them back into place."""
         by_shard = np.argsort(places[:, 0], kind="stable")
         back = np.empty(len(places), np.int64)
         back[by_shard] = np.arange(len(places))
-        shards = np.unique(places[:, 0])
         owner = self.crew.owner
-        parts = [owner[s].rows_of.remote(int(s), places[places[:, 0] == s, 1]) for s in shards]
-        return self.crew.trainers[0].train.remote(round_, first, back, factors, *parts)
+        shards = np.unique(places[:, 0])
+        return back, [owner[s].rows_of.remote(int(s), places[places[:, 0] == s, 1]) for s in shards]
 
     def share_theta(self) -> None:
         """Bring every trainer to the theta of the first, which trains."""

@@ -131,6 +131,7 @@ class Mining:
             self.crew.each("reset")
             game.theta = theta_of(self.theta_0)
             game.near = look_ups(self.config, self.crew, self.pool, self.uid_N2, self.dir.path, game.theta)
+        self.crew.join(self.config.game.parts)
         return game, first
 
     def play(self, game: Game, first: int) -> None:

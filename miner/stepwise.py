@@ -29,7 +29,7 @@ def stepwise_round(run: "Game", round_: int) -> dict[str, Any]:
         factor = np.empty(len(batch))
         for members, part in zip(inside, each("factors", sums, per_shard=[(r,) for r in rows]), strict=True):
             factor[members] = part
-        entropy, loss = run.crew.get(run.submit(round_, step, batch, factor))
+        entropy, loss = run.crew.get(run.submit(round_, step, batch, factor))[0]
         loss = loss.astype(np.float64)
         root = factor * sums.weight / sums.root  # the factor is (m / wbar) sqrt(w)
         root_loss = float((root * loss).mean())

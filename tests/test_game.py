@@ -99,10 +99,10 @@ def _ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def base(_ray: None, pool: Pool, checkpoint: Path) -> Config:
-    """Three short rounds on one pool actor and one trainer."""
+    """Three short rounds on one pool actor and one trainer; a training step could be shared by two."""
     return Config(
         data=Data(pool=pool.path, checkpoint=checkpoint, seed=3),
-        game=Game(rounds=3, steps=4, batch=32),
+        game=Game(rounds=3, steps=4, batch=32, parts=2),
         selection=Selection(gamma=GAMMAS, exclude_near_id=0.01),  # no class of the demo's pool is very near
         machines=Machines(pool_actors=1, trainers=1),
     )
@@ -294,6 +294,7 @@ def command(config: Config) -> list[str]:
         "exclude-near-id": config.selection.exclude_near_id,
         "pool-actors": machines.pool_actors,
         "threads": game.threads,
+        "parts": game.parts,
         "out": config.output.out,
     }
     gammas = ["--gamma", *map(str, config.selection.gamma)]

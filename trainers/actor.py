@@ -20,8 +20,9 @@ from miner.run_dir import RunDir, write_file
 from trainers import models
 from trainers.checkpoint import pack, restore
 from trainers.config import PretrainConfig
-from trainers.data import IdSet, augment, normalise
+from trainers.data import IdSet, crop, draw_views, normalise
 from trainers.fit import pretrain
+from trainers.together import Group, descend_together, listen, own_gradients, own_positions, part_sizes
 from trainers.train import autocast, features_and_logits, joint_step, uniformity
 from trainers.train import place as to_device
 from trainers.views import on_device, views
@@ -58,6 +59,8 @@ class Trainer:
         self.id_near: np.ndarray | None = None
         self.boundary: np.ndarray | None = None
         self.told: dict[str, Any] = {}
+        self.parts, self.sizes = game.parts, part_sizes(game.batch, game.parts)
+        self.group = Group()
 
     def where(self) -> dict[str, Any]:
         """Device and process, for the log."""
@@ -234,35 +237,56 @@ class Trainer:
                 scores["boundary"] = poem_distance(features.cpu().numpy(), self.boundary)
         return scores | {"loss": loss.cpu().numpy()}
 
+    def meet(self) -> tuple[str, int]:
+        """Address and port at which trainers that are to train together find this one, the first of them."""
+        self.meeting = listen()
+        return self.meeting.getsockname()
+
+    def join(self, rank: int, world: int, where: tuple[str, int]) -> None:
+        """Train as member ``rank`` of ``world`` from now on; all members are told at once."""
+        self.group = Group(rank, world)
+        if world > 1:
+            self.group.meet(where, self.device, self.meeting if rank == 0 else None)
+
     def train(
         self, round_: int, first: int, order: np.ndarray, factors: np.ndarray | None, *parts: np.ndarray
     ) -> tuple[list[float], np.ndarray]:
-        """Descend CE(ID) + alpha L_out for ``len(order) / batch`` steps, numbered from ``first`` in the round.
+        """Descend CE(ID) + alpha L_out for some steps, numbered from ``first`` in the round.
 
-        ``parts`` hold the background images shard by shard, ``order`` brings them into batch order; ``factors``
-        (float64, in batch order) weight their losses. Returns cross-entropies a step and losses an image.
+        ``parts`` hold background images shard by shard, ``order`` brings them into batch order: all of them when this
+        trainer trains alone, its ``own_positions`` when it is one of a group. ``factors`` (float64, likewise) weight
+        their losses. Returns cross-entropies a step and losses an image, of whole batches.
         Random views and ID draws depend on (seed, round, step) only.
         """
         torch.set_num_threads(self.training_threads)
         images = np.concatenate(parts)[order]
+        own = own_positions(self.batch, 1, self.parts, self.group.rank, self.group.world)
+        weights = None if factors is None else torch.from_numpy(factors.astype(np.float32)).to(self.device)
         entropies, losses = [], []
-        for step, start in enumerate(range(0, len(images), self.batch), first):
-            mixed = np.random.SeedSequence([self.seed, round_, step]).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(mixed[0]))
-            rows = torch.randint(len(self.id_set.train_labels), (self.batch,), generator=generator)
-            labels = torch.from_numpy(self.id_set.train_labels[rows.numpy()]).to(self.device)
-            inside = torch.from_numpy(self.id_set.train_images[rows.numpy()]).to(self.device)
-            outside = torch.from_numpy(images[start : start + self.batch]).to(self.device)
-            both = normalise(augment(torch.cat([inside, outside]), generator, self.id_set.flip))
-            weight = None
-            if factors is not None:
-                weight = torch.from_numpy(factors[start : start + self.batch].astype(np.float32)).to(self.device)
-            entropy, loss = joint_step(
-                self.net, self.optimizer, both[: len(inside)], labels, both[len(inside) :], weight, self.alpha
-            )
+        for step, start in enumerate(range(0, len(images), len(own)), first):
+            inside, labels, outside = self._batch(round_, step, images[start : start + len(own)], own)
+            weight = None if weights is None else weights[start : start + len(own)]
+            if self.parts == 1:
+                entropy, loss = joint_step(self.net, self.optimizer, inside, labels, outside, weight, self.alpha)
+            else:
+                shares = own_gradients(self.net, inside, labels, outside, weight, self.alpha, self.sizes, self.group)
+                rows = self.group.gather(shares, self.parts)
+                entropy, loss = descend_together(self.net, self.optimizer, rows, self.alpha, self.sizes)
             entropies.append(entropy)
             losses.append(loss.cpu().numpy())
         return entropies, np.concatenate(losses)
+
+    def _batch(self, round_: int, step: int, images: np.ndarray, own: np.ndarray) -> Tensors:
+        """Normalised ID images, their labels, and normalised outliers: the ``own`` positions of the step's batch."""
+        mixed = np.random.SeedSequence([self.seed, round_, step]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(mixed[0]))
+        rows = torch.randint(len(self.id_set.train_labels), (self.batch,), generator=generator).numpy()[own]
+        shifts, mirrored = draw_views(2 * self.batch, generator)
+        at = torch.from_numpy(np.concatenate([own, self.batch + own]))
+        labels = torch.from_numpy(self.id_set.train_labels[rows]).to(self.device)
+        both = on_device(np.concatenate([self.id_set.train_images[rows], images]), self.device)
+        both = normalise(crop(both, shifts[:, at], mirrored[at], self.id_set.flip))
+        return both[: len(rows)], labels, both[len(rows) :]
 
 
 # One thread works, one call at a time in the order they came; the other answers ``progress`` meanwhile.

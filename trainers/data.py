@@ -77,19 +77,28 @@ def normalise(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).to(torch.float32).div_(63.75).sub_(2.0)
 
 
+def draw_views(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What ``augment`` draws for n images: shifts int64 [2, n] and whether each is mirrored, bool [n]."""
+    shifts = torch.randint(0, 2 * PADDING + 1, (2, n), generator=generator)
+    return shifts, torch.rand(n, generator=generator) < 0.5
+
+
+def crop(images: Tensor, shifts: Tensor, mirrored: Tensor, flip: bool) -> Tensor:
+    """The views of uint8 images [n, S, S, 3] that ``draw_views`` drew; mirroring with ``flip`` only."""
+    size, device = images.shape[1], images.device
+    padded = F.pad(images, (0, 0, PADDING, PADDING, PADDING, PADDING))
+    windows = padded.unfold(1, size, 1).unfold(2, size, 1)
+    down, right = shifts.to(device)
+    crops = windows[torch.arange(len(images), device=device), down, right].permute(0, 2, 3, 1)
+    return torch.where(mirrored.to(device)[:, None, None, None], crops.flip(2), crops) if flip else crops
+
+
 def augment(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
     """Random crops of the zero-padded (4 px) images and, with ``flip``, mirroring at p = 0.5; uint8 as given.
 
     ``generator`` is a CPU generator wherever the images are, so every device sees the same views.
     """
-    n, size = images.shape[:2]
-    shifts = torch.randint(0, 2 * PADDING + 1, (2, n), generator=generator).to(images.device)
-    mirrored = (torch.rand(n, generator=generator) < 0.5).to(images.device)
-    padded = F.pad(images, (0, 0, PADDING, PADDING, PADDING, PADDING))
-    windows = padded.unfold(1, size, 1).unfold(2, size, 1)
-    rows = torch.arange(n, device=images.device)
-    crops = windows[rows, shifts[0], shifts[1]].permute(0, 2, 3, 1)
-    return torch.where(mirrored[:, None, None, None], crops.flip(2), crops) if flip else crops
+    return crop(images, *draw_views(len(images), generator), flip)
 
 
 def _load_folder(folder: Path, size: int) -> tuple[tuple[str, ...], Half, Half]:
