@@ -212,9 +212,11 @@ class PoolShards:
             state.updated = round_
         return float(state.weight().sum())
 
-    def capped_sum(self, shard: int, factor: float, cap: float) -> float:
-        """sum min(cap, factor w) over a shard."""
-        return float(np.minimum(cap, factor * self.state[shard].weight()).sum())
+    def capped(self, shard: int, factor: float, cap: float) -> tuple[float, float]:
+        """How many of a shard's weights have factor w >= cap, and the sum of all others."""
+        weight = self.state[shard].weight()
+        full = factor * weight >= cap
+        return float(full.sum()), float(weight[~full].sum())
 
     def normalise(self, shard: int, round_: int, factor: float, cap: float) -> None:
         """Bring hedge's weights to mean 1 and at most ``cap``, and add them to their average, once a round."""

@@ -136,12 +136,14 @@ class Game:
             )
         factor, cap = before.rows / new_weight, self.config.game.cap
         if self.config.game.rule == "hedge":
-            factor = rules.water_level(
-                lambda c: sum(self.crew.each("capped_sum", c, cap)), before.rows, new_weight, cap
-            )
+            factor = rules.water_level(lambda c: self._capped(c, cap), before.rows, new_weight, cap)
         self.crew.each("normalise", round_, factor, cap)
         after = rules.add_sums(self.crew.each("sums"))
         return describe(before, after)
+
+    def _capped(self, factor: float, cap: float) -> tuple[float, float]:
+        parts = self.crew.each("capped", factor, cap)
+        return sum(part[0] for part in parts), sum(part[1] for part in parts)
 
     def order(self, round_: int) -> None:
         """Weights by the place in one order of the whole pool: ``ntom``, ``dos`` and ``poem``."""

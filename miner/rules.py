@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+LARGEST = 1e300  # factor of weights: times zero it is still zero
 STEPWISE = ("reference",)  # these move the weights inside the training steps, not in a sweep
 REFERENCE_LR = 100.0  # the released code's SGD on the weight parameters: constant rate, momentum 0.9
 REFERENCE_MOMENTUM = 0.9
@@ -89,24 +90,22 @@ def hedge(log_weight_N: Floats, loss_N: Floats, sums: Sums, scale: float, eta: f
     return log_weight_N + eta * (loss_N - l_out(sums)) / scale
 
 
-def water_level(capped_sum: Callable[[float], float], rows: float, total: float, cap: float) -> float:
+def water_level(capped: Callable[[float], tuple[float, float]], rows: float, total: float, cap: float) -> float:
     """The factor c with mean min(cap, c w) = 1: the KL projection of weights onto those of at most ``cap``.
 
-    ``capped_sum(c)`` = sum_i min(cap, c w_i) is one all-reduce, ``total`` = sum w. Weights of mean 1 and at most
-    ``cap`` are what a subset of N / cap images can be, so the adversary cannot come to rest on a handful.
+    ``capped(c)``: how many weights have c w >= cap, and the sum of all others; one message to each pool actor.
+    ``total`` = sum w. Weights of mean 1 and at most ``cap`` are what a subset of N / cap images can be, so the
+    adversary cannot come to rest on a handful. Newton's steps on a sum that is concave and piecewise linear in c: from
+    below they never overshoot, and end where the set of capped weights stays the same, after a handful of them. When
+    fewer than rows / cap images have any weight, all of these are at the cap.
     """
-    low = rows / total
-    if capped_sum(low) >= rows * (1.0 - 1e-12):
-        return low  # nothing exceeds the cap
-    high = 2.0 * low
-    while capped_sum(high) < rows * (1.0 - 1e-12):
-        if high > 1e300:
-            return high  # fewer than rows / cap images have any weight: all of them are at the cap
-        high *= 16.0
-    for _ in range(60):
-        middle = float(np.sqrt(low * high))
-        low, high = (middle, high) if capped_sum(middle) < rows else (low, middle)
-    return high
+    level = rows / total
+    while True:
+        full, free = capped(level)
+        wanted = min((rows - cap * full) / free, LARGEST) if free > 0 else level
+        if wanted <= level * (1.0 + 1e-12):
+            return level
+        level = wanted
 
 
 def paper(weight_N: Floats, loss_N: Floats, sums: Sums, eta: float) -> Floats:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from miner.config import Game
+from miner.errors import MinerError
 from miner.guard import NO_CLASS
 from trainers import models
 from trainers.actor import Trainer
@@ -103,3 +104,25 @@ def test_dos_clusters_its_unit_features(small_set: IdSet) -> None:
     strata = actor.fit_strata(5, np.inf, np.zeros(300, np.int32))
     assert strata.centroids.shape == (5, actor.net.feature_dim)
     np.testing.assert_array_equal(strata.axes, np.eye(actor.net.feature_dim))
+
+
+@pytest.mark.parametrize(("most", "batches"), [(100, [40]), (17, [40, 20, 10, 10, 10, 10])])
+def test_a_batch_is_halved_until_it_fits_the_gpu(
+    small_set: IdSet, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, most: int, batches: list[int]
+) -> None:
+    actor, seen = trainer(small_set), []
+    actor.at_once, forward = 40, actor.net.features
+
+    def limited(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        if len(x) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(x)
+
+    expected = actor.features(images)
+    monkeypatch.setattr(actor.net, "features", limited)
+    np.testing.assert_allclose(actor.features(images), expected, rtol=1e-4, atol=1e-5)
+    assert seen == batches
+    most = 0
+    with pytest.raises(MinerError, match="one image does not fit"):
+        actor.features(images)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from miner import demo
 from miner.build import finish, prepare, run_job
+from miner.cluster import Crew
 from miner.config import Config, Data, Game, Machines, Output, Selection
 from miner.errors import MinerError, UsageError
 from miner.images import png
@@ -140,9 +142,23 @@ def contents(run: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def plain(base: Config, tmp_path_factory: pytest.TempPathFactory) -> Mined:
+def messages() -> Counter[str]:
+    """How often all pool actors were asked for each thing in the undisturbed run."""
+    return Counter()
+
+
+@pytest.fixture(scope="module")
+def plain(base: Config, messages: Counter[str], tmp_path_factory: pytest.TempPathFactory) -> Mined:
     """The undisturbed run that others are compared with."""
-    return mine(change(base, tmp_path_factory.mktemp("plain") / "run"))
+    each = Crew.each
+
+    def counted(crew: Crew, method: str, *args: Any, **options: Any) -> list[Any]:
+        messages[method] += 1
+        return each(crew, method, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Crew, "each", counted)
+        return mine(change(base, tmp_path_factory.mktemp("plain") / "run"))
 
 
 # --- what a run leaves ---
@@ -189,6 +205,16 @@ def test_a_run_leaves_weights_of_the_whole_pool(plain: Mined, pool: Pool) -> Non
 def plain_records(run: Mined) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (run.run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_round_takes_a_dozen_messages_to_each_pool_actor(plain: Mined, messages: Counter[str]) -> None:
+    """Besides blocks of images and scores, whose number is that of the images over 4,096."""
+    once = ("open_sweep", "close_sweep", "class_sums", "update", "normalise", "snapshot")
+    assert {name: messages[name] for name in once} == dict.fromkeys(once, 3)
+    assert messages["sums"] == 6
+    assert messages["draw"] == 2  # after the last round nobody trains
+    assert messages["capped"] <= 3 * 4
+    assert messages.total() <= 3 * 12 + 10
 
 
 def test_harder_images_weigh_more(plain: Mined) -> None:

@@ -258,8 +258,9 @@ def play_round(
     before = rules.add_sums([shards.sums(s) for s in range(3)])
     total = sum(shards.update(s, round_, before, scale, level) for s in range(3))
 
-    def capped(factor: float) -> float:
-        return sum(shards.capped_sum(s, factor, cap) for s in range(3))
+    def capped(factor: float) -> tuple[float, float]:
+        parts = [shards.capped(s, factor, cap) for s in range(3)]
+        return sum(full for full, _ in parts), sum(free for _, free in parts)
 
     factor = rules.water_level(capped, before.rows, total, cap) if shards.rule == "hedge" else before.rows / total
     for s in range(3):
@@ -267,15 +268,24 @@ def play_round(
     return rules.add_sums([shards.sums(s) for s in range(3)])
 
 
+def water_level(weight_N: np.ndarray, cap: float) -> tuple[float, int]:
+    """The factor, and how often the weights were asked."""
+    asked = []
+
+    def capped(factor: float) -> tuple[float, float]:
+        asked.append(factor)
+        full = factor * weight_N >= cap
+        return float(full.sum()), float(weight_N[~full].sum())
+
+    return rules.water_level(capped, float(len(weight_N)), float(weight_N.sum()), cap), len(asked)
+
+
 @quick
 @given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=60), st.floats(1.0, 30.0))
 def test_water_level_brings_the_mean_to_1_under_the_cap(weight: list[float], cap: float) -> None:
     weight_N = np.array(weight)
-
-    def capped(factor: float) -> float:
-        return float(np.minimum(cap, factor * weight_N).sum())
-
-    factor = rules.water_level(capped, float(len(weight)), float(weight_N.sum()), cap)
+    factor, asked = water_level(weight_N, cap)
+    assert asked <= 12
     found = np.minimum(cap, factor * weight_N)
     assert found.mean() == pytest.approx(1.0, rel=1e-6)
     if weight_N.max() / weight_N.mean() <= cap:
@@ -285,8 +295,23 @@ def test_water_level_brings_the_mean_to_1_under_the_cap(weight: list[float], cap
 def test_golden_water_level() -> None:
     """[10, 1, 1, 1, 1] at gamma = 0.4: chances [1, .25, .25, .25, .25], which are the capped weights times gamma."""
     weight = np.array([10.0, 1, 1, 1, 1])
-    factor = rules.water_level(lambda c: float(np.minimum(2.5, c * weight).sum()), 5.0, 14.0, 2.5)
+    factor, asked = water_level(weight, 2.5)
+    assert asked == 2
     assert 0.4 * np.minimum(2.5, factor * weight) == pytest.approx([1, 0.25, 0.25, 0.25, 0.25], rel=1e-9)
+
+
+def test_water_level_when_few_images_have_any_weight() -> None:
+    """Two images cannot make a mean of 1 over ten at a cap of 3: both are at the cap."""
+    weight = np.array([1.0, 2.0] + [0.0] * 8)
+    factor, _ = water_level(weight, 3.0)
+    assert np.minimum(3.0, factor * weight)[:2] == pytest.approx([3.0, 3.0])
+
+
+def test_water_level_of_a_million_uneven_weights_takes_a_handful_of_messages() -> None:
+    weight = np.exp(np.random.default_rng(0).normal(size=1_000_000) * 4)
+    factor, asked = water_level(weight, 20.0)
+    assert np.minimum(20.0, factor * weight).mean() == pytest.approx(1.0, rel=1e-9)
+    assert asked <= 12
 
 
 def test_hedge_caps_the_weights_it_plays_and_averages(pool: str) -> None:

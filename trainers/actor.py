@@ -12,6 +12,7 @@ import torch
 from miner import telemetry
 from miner.baselines import poem_distance, poem_draw, poem_posterior
 from miner.config import Game
+from miner.errors import MinerError
 from miner.files import place
 from miner.guard import near_id
 from miner.neighbors import WHITENED, NearestID, Strata, check_finite, fit_strata, unit
@@ -20,16 +21,16 @@ from miner.run_dir import RunDir, write_file
 from trainers import models
 from trainers.checkpoint import pack, restore
 from trainers.config import PretrainConfig
-from trainers.data import IdSet, crop, draw_views, normalise
+from trainers.data import IdSet, normalise
 from trainers.fit import pretrain
 from trainers.together import Group, descend_together, listen, own_gradients, own_positions, part_sizes
 from trainers.train import autocast, features_and_logits, joint_step, uniformity
 from trainers.train import place as to_device
-from trainers.views import on_device, views
+from trainers.views import game_batch, on_device, views
 
 Tensors = tuple[torch.Tensor, ...]
 
-# Images a forward pass: what fits a CPU's caches, a GPU's memory. Who scores a block must not change the arithmetic.
+# Images a forward pass: what fits a CPU's caches; a GPU halves it until it fits its memory.
 _FORWARD = {"cpu": 256, "cuda": 4096}
 
 
@@ -47,6 +48,7 @@ class Trainer:
         self.seed, self.alpha, self.batch, self.views = seed, game.alpha, game.batch, game.views
         self.by_features = game.rule == "dos"  # as published: clusters of its features, not of all that is seen
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.at_once = _FORWARD[self.device.type]
         torch.backends.cudnn.deterministic = True
         self.id_set = id_set
         self.net = models.create(model, len(id_set.classes), seed)
@@ -127,8 +129,16 @@ class Trainer:
     def _batched(self, images_BHWC: torch.Tensor, forward: Callable[[torch.Tensor], Tensors]) -> Tensors:
         """What ``forward`` gives of the normalised images, batch by batch, joined; all of it stays on the device."""
         torch.set_num_threads(self.scoring_threads)
-        parts = [forward(normalise(batch)) for batch in images_BHWC.split(_FORWARD[self.device.type])]
-        return tuple(torch.cat(found) for found in zip(*parts, strict=True))
+        try:
+            parts = [forward(normalise(batch)) for batch in images_BHWC.split(self.at_once)]
+        except torch.OutOfMemoryError:
+            if self.at_once == 1:
+                raise MinerError("one image does not fit the GPU's memory: a smaller --model or --size") from None
+            self.at_once //= 2
+        else:
+            return tuple(torch.cat(found) for found in zip(*parts, strict=True))
+        torch.cuda.empty_cache()
+        return self._batched(images_BHWC, forward)
 
     def _forward(self, images: torch.Tensor) -> Tensors:
         """Float32 features and logits."""
@@ -264,7 +274,9 @@ class Trainer:
         weights = None if factors is None else torch.from_numpy(factors.astype(np.float32)).to(self.device)
         entropies, losses = [], []
         for step, start in enumerate(range(0, len(images), len(own)), first):
-            inside, labels, outside = self._batch(round_, step, images[start : start + len(own)], own)
+            moment = [self.seed, round_, step]
+            outliers = images[start : start + len(own)]
+            inside, labels, outside = game_batch(self.id_set, self.batch, own, outliers, moment, self.device)
             weight = None if weights is None else weights[start : start + len(own)]
             if self.parts == 1:
                 entropy, loss = joint_step(self.net, self.optimizer, inside, labels, outside, weight, self.alpha)
@@ -275,18 +287,6 @@ class Trainer:
             entropies.append(entropy)
             losses.append(loss.cpu().numpy())
         return entropies, np.concatenate(losses)
-
-    def _batch(self, round_: int, step: int, images: np.ndarray, own: np.ndarray) -> Tensors:
-        """Normalised ID images, their labels, and normalised outliers: the ``own`` positions of the step's batch."""
-        mixed = np.random.SeedSequence([self.seed, round_, step]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(mixed[0]))
-        rows = torch.randint(len(self.id_set.train_labels), (self.batch,), generator=generator).numpy()[own]
-        shifts, mirrored = draw_views(2 * self.batch, generator)
-        at = torch.from_numpy(np.concatenate([own, self.batch + own]))
-        labels = torch.from_numpy(self.id_set.train_labels[rows]).to(self.device)
-        both = on_device(np.concatenate([self.id_set.train_images[rows], images]), self.device)
-        both = normalise(crop(both, shifts[:, at], mirrored[at], self.id_set.flip))
-        return both[: len(rows)], labels, both[len(rows) :]
 
 
 # One thread works, one call at a time in the order they came; the other answers ``progress`` meanwhile.
