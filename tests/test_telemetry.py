@@ -124,6 +124,6 @@ def test_without_ray_nothing_is_counted_and_wrong_names_are_noticed(tmp_path: Pa
         telemetry.count("images_scord")
 
 
-def test_the_readme_lists_every_metric() -> None:
-    table = re.findall(r"^\| `outlier_miner_(\w+)` \|", (ROOT / "README.md").read_text(), re.M)
+def test_the_docs_list_every_metric() -> None:
+    table = re.findall(r"^\| `outlier_miner_(\w+)` \|", (ROOT / "docs" / "operations.md").read_text(), re.M)
     assert table == [*telemetry.COUNTERS, *telemetry.GAUGES]
