@@ -53,6 +53,8 @@ class Crew:
         self.pools = [self._pool(i) for i in range(max(1, min(wanted, shards)))]
         self.trainers = [self._trainer(i) for i in range(config.machines.trainers)]
         self.members = self.trainers[:1]
+        self.holders: dict[bytes, Any] = {}  # a block's key -> trainer that has kept its images
+        self.room: dict[Any, int] = {}  # bytes of images that each trainer could still keep
         self._assemble()
 
     @property
@@ -113,6 +115,24 @@ class Crew:
         self.members = self.trainers[:most]
         where = self.get(self.members[0].meet.remote()) if len(self.members) > 1 else ("", 0)
         self.get([member.join.remote(rank, len(self.members), where) for rank, member in enumerate(self.members)])
+
+    def forget(self) -> None:
+        """Nobody keeps any images, and everybody has room for them."""
+        self.holders.clear()
+        rooms = self.get([trainer.forget.remote() for trainer in self.trainers])
+        asked = self.config.machines.resident
+        self.room = {
+            trainer: room if (asked if asked is not None else gpu) else 0
+            for trainer, (room, gpu) in zip(self.trainers, rooms, strict=True)
+        }
+
+    def hold(self, key: bytes, trainer: Any, size: int) -> bool:
+        """Whether ``trainer`` is to keep a block's images from now on: when it has room for ``size`` bytes."""
+        if self.room.get(trainer, 0) < size:
+            return False
+        self.room[trainer] -= size
+        self.holders[key] = trainer
+        return True
 
     # --- losses --------------------------------------------------------------------------------------------------
 

@@ -104,6 +104,9 @@ class Machines:
     """Processes that own pool shards and weights. Default: one a core, at most one a shard and 16."""
     trainers: int = 1
     """Processes that score, one GPU each where there are GPUs. The first one also trains, or, with --parts, as many."""
+    resident: bool | None = None
+    """Keep images in the trainers' memory from one sweep to the next, as far as half of what is free goes, so that only
+    losses travel. Default: on GPUs."""
     address: str | None = None
     """Ray cluster to join (`auto` or host:port); pool and --out then lie on a disk that all nodes see, or at URLs.
     Default: a private Ray on this machine."""

@@ -81,7 +81,9 @@ class Game:
         todo = sum(int(np.unpackbits(mask).sum()) for mask in left)
         self.phase(round_, "score", total, total - todo)
         counts = [shard.count for shard in self.shards]
-        sweep = Sweep(crew, self.display, round_ == 0, folder, stamp)
+        # What the guard leaves out is not kept: it judges in the first sweep, after which blocks stay the same.
+        keep = round_ + 1 < self.config.game.effective_rounds and (round_ > 0 or not self.config.guarded)
+        sweep = Sweep(crew, self.display, round_ == 0, keep, folder, stamp)
         sweep.run(cut(left, counts, block_size(self.config.data.size)))
         smooth = self.config.game.smooth
         means = class_means(crew.each("class_sums")) if smooth else np.zeros(0)
@@ -90,6 +92,7 @@ class Game:
             "scored": total,
             "score_images_per_s": round(todo / (time.monotonic() - started), 1),
             "blocks_lent": sweep.lent,
+            "blocks_held": sweep.held,
         }
         if round_ == 0:
             record |= self.guard()

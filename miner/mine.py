@@ -132,6 +132,7 @@ class Mining:
             game.theta = theta_of(self.theta_0)
             game.near = look_ups(self.config, self.crew, self.pool, self.uid_N2, self.dir.path, game.theta)
         self.crew.join(self.config.game.parts)
+        self.crew.forget()
         return game, first
 
     def play(self, game: Game, first: int) -> None:

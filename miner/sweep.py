@@ -5,6 +5,7 @@ shard; what is learned goes to the shard's owner. Blocks are cut by shard and sc
 who did what changes nothing. A block that is late is asked of somebody else as well, and the first answer counts.
 """
 
+import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,11 +35,17 @@ class Block:
 
     shard: int
     rows: np.ndarray
+    holder: Any = None  # trainer that has kept the images from the sweep before
     images: Any = None  # reference to uint8 [n, S, S, 3], once a pool actor has gathered them
     scored: bool = False
     asked: list[Any] = field(default_factory=list)  # pool actors that were asked for the images
     given: list[Any] = field(default_factory=list)  # trainers that have them
     since: float = field(default_factory=time.monotonic)  # when it was last asked or given
+
+    @property
+    def key(self) -> bytes:
+        """Names these very images: the next sweep has the same blocks, unless a loss cut one of the two short."""
+        return hashlib.blake2b(self.rows.tobytes(), digest_size=16, salt=self.shard.to_bytes(8, "little")).digest()
 
 
 def cut(masks: list[np.ndarray], counts: list[int], size: int) -> Iterator[Block]:
@@ -50,10 +57,13 @@ def cut(masks: list[np.ndarray], counts: list[int], size: int) -> Iterator[Block
 
 
 class Sweep:
-    """``run`` scores every block once. ``folder`` and ``stamp``: where and under which name owners keep shards."""
+    """``run`` scores every block once. ``folder`` and ``stamp``: where and under which name owners keep shards.
 
-    def __init__(self, crew: Crew, display: Display, look_up: bool, folder: str, stamp: str) -> None:
-        self.crew, self.display, self.look_up = crew, display, look_up
+    With ``keep`` trainers keep images for the next sweep, as far as they have room.
+    """
+
+    def __init__(self, crew: Crew, display: Display, look_up: bool, keep: bool, folder: str, stamp: str) -> None:
+        self.crew, self.display, self.look_up, self.keep = crew, display, look_up, keep
         self.folder, self.stamp = folder, stamp
         self.asked: dict[Any, tuple[Block, Any]] = {}  # images on their way -> block, pool actor
         self.ready: list[Block] = []
@@ -62,6 +72,7 @@ class Sweep:
         self.open: list[Block] = []  # asked for and not scored yet, oldest first
         self.usual = {"images": 0.0, "scores": 0.0}  # seconds that a block takes, a running mean
         self.lent = 0  # blocks that another than the owner served, or that two were asked for
+        self.held = 0  # blocks whose images a trainer still had
 
     def run(self, blocks: Iterator[Block]) -> None:
         """Score them all; returns when every owner has what is its own. Raises LostError when a process is lost."""
@@ -69,7 +80,7 @@ class Sweep:
         while True:
             while len(self.open) < room and (block := next(blocks, None)) is not None:
                 self.open.append(block)
-                self._ask(block)
+                self._begin(block)
             self._feed()
             self._help()
             waiting = [*self.asked, *self.scoring, *self.taking]
@@ -77,6 +88,15 @@ class Sweep:
                 return
             for ref in self.crew.wait(waiting, seconds=LATE_SECONDS)[0]:
                 self._arrived(ref)
+
+    def _begin(self, block: Block) -> None:
+        """Hand a block to the trainer that has its images already, or have them gathered."""
+        block.holder = self.crew.holders.get(block.key)
+        if block.holder is None:
+            self._ask(block)
+        else:
+            self.held += 1
+            self.ready.append(block)
 
     def _ask(self, block: Block) -> None:
         """Have the images gathered by the pool actor with the fewest open requests, the owner before others."""
@@ -91,35 +111,45 @@ class Sweep:
 
     def _feed(self) -> None:
         """Give ready blocks to trainers that have room."""
-        while self.ready:
-            trainer, load = self._freest()
-            if load >= AT_ONCE:
-                return
-            self._give(self.ready.pop(0), trainer)
+        for block in list(self.ready):
+            trainer, load = self._freest() if block.images is not None else self._load(block.holder)
+            if load < AT_ONCE:
+                self.ready.remove(block)
+                self._give(block, trainer)
+
+    def _load(self, trainer: Any) -> tuple[Any, int]:
+        return trainer, sum(busy is trainer for _, busy in self.scoring.values())
 
     def _freest(self) -> tuple[Any, int]:
-        load = [trainer for _, trainer in self.scoring.values()]
-        trainer = min(self.crew.trainers, key=load.count)
-        return trainer, load.count(trainer)
+        return min((self._load(trainer) for trainer in self.crew.trainers), key=lambda found: found[1])
 
     def _give(self, block: Block, trainer: Any) -> None:
         block.given.append(trainer)
         block.since = time.monotonic()
-        self.scoring[trainer.score.remote(block.images, self.look_up)] = block, trainer
+        key = block.key
+        if block.images is not None and not (self.keep and self.crew.hold(key, trainer, self._bytes(block))):
+            key = b""
+        self.scoring[trainer.score.remote(block.images, self.look_up, key)] = block, trainer
 
     def _help(self) -> None:
         """Ask others too for what is late: images of any other pool actor, scores of a trainer without work."""
         now = time.monotonic()
         for block in self.open:
             waits = now - block.since
-            if block.images is None:
-                if waits > self._late("images") and len(block.asked) < min(len(self.crew.pools), 2):
+            if block.images is None and block.given:  # by a trainer that had them
+                if waits > self._late("scores") and not block.asked and len(self.crew.trainers) > 1:
+                    self._ask(block)
+            elif block.images is None:
+                if block.asked and waits > self._late("images") and len(block.asked) < min(len(self.crew.pools), 2):
                     self._ask(block)
             elif block.given and waits > self._late("scores") and len(block.given) < 2:
                 trainer, load = self._freest()
                 if not load and trainer not in block.given:
                     self.lent += 1
                     self._give(block, trainer)
+
+    def _bytes(self, block: Block) -> int:
+        return len(block.rows) * 3 * self.crew.config.data.size**2
 
     def _late(self, what: str) -> float:
         return max(LATE * self.usual[what], LATE_SECONDS)
@@ -132,7 +162,8 @@ class Sweep:
             if block.images is None:
                 block.images = ref
                 self._learn("images", block)
-                self.ready.append(block)
+                if not block.given:  # else ``_help`` has an eye on it
+                    self.ready.append(block)
         else:
             block, _ = self.scoring.pop(ref)
             if not block.scored:

@@ -17,6 +17,7 @@ import pytest
 
 from miner import cache, frozen, inputs, ranking, store, subset, sweep
 from miner.build import finish, prepare, run_job, write_arrays_pool
+from miner.cluster import Crew
 from miner.config import Config, Data, Game, Machines
 from miner.pool import Pool
 from miner.progress import Display
@@ -75,7 +76,14 @@ class FakePool:
 
 class FakeTrainer:
     def __init__(self, log: Log) -> None:
-        self.score = Method(lambda images, look_up: Ref(log, "scores", images.value))
+        self.kept: dict[bytes, int] = {}
+        self.score = Method(lambda images, look_up, key: Ref(log, "scores", self.scored(images, key)))
+
+    def scored(self, images: Ref | None, key: bytes) -> int:
+        count = self.kept[key] if images is None else images.value
+        if key:
+            self.kept[key] = count
+        return count
 
 
 class FakeCrew:
@@ -87,6 +95,11 @@ class FakeCrew:
         self.pools = [FakePool(self.log, counts) for _ in range(pools)]
         self.trainers = [FakeTrainer(self.log) for _ in range(trainers)]
         self.owner = [self.pools[shard % pools] for shard in range(len(counts))]
+        self.config = Config()
+        self.holders: dict[bytes, Any] = {}
+        self.room: dict[Any, int] = {}
+
+    hold = Crew.hold
 
     def wait(self, refs: list[Ref], count: int = 1, seconds: float = 1.0) -> tuple[list[Ref], list[Ref]]:
         self.most_open = max(self.most_open, len(self.watched.open))
@@ -119,7 +132,7 @@ def test_blocks_in_flight_are_bounded_however_slow_the_trainers(
             asked.append(number)
             yield block
 
-    going = sweep.Sweep(crew, Display(), False, "nowhere", "stamp")  # type: ignore[arg-type]
+    going = sweep.Sweep(crew, Display(), False, False, "nowhere", "stamp")  # type: ignore[arg-type]
     crew.watched = going
     going.run(lazily())
     room = sweep.IN_FLIGHT * trainers
@@ -131,6 +144,31 @@ def test_blocks_in_flight_are_bounded_however_slow_the_trainers(
     del going, crew.watched
     gc.collect()
     assert crew.log.now["images"] == 0  # nothing holds on to pixels
+
+
+@pytest.mark.parametrize("trainers", [1, 3])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_what_trainers_have_kept_does_not_travel_again(trainers: int, share: float) -> None:
+    """Each has room for ``share`` of what would be its part; what does not fit is served as ever."""
+    counts = [20 * 256, 300, 7 * 256, 31 * 256]
+    crew = FakeCrew(counts, 2, trainers)
+    crew.room = {trainer: int(share * sum(counts) * 3 * 32 * 32) for trainer in crew.trainers}
+    held = []
+    for last in (False, False, True):
+        masks = [np.packbits(np.ones(count, bool)) for count in counts]
+        for pool in crew.pools:
+            pool.missing = [np.ones(count, bool) for count in counts]
+        going = sweep.Sweep(crew, Display(), False, not last, "nowhere", "stamp")  # type: ignore[arg-type]
+        crew.watched = going
+        going.run(sweep.cut(masks, counts, 256))
+        assert not any(mask.any() for shard, pool in enumerate(crew.owner) for mask in [pool.missing[shard]])
+        held.append(going.held)
+    blocks = 20 + 2 + 7 + 31
+    assert held[0] == 0
+    assert held[1] == held[2] == sum(len(trainer.kept) for trainer in crew.trainers)
+    assert held[1] == {0.0: 0, 1.0: blocks}.get(share, held[1])
+    assert share * blocks - 1 <= held[1] <= blocks  # one has its room at least
+    assert all(room >= 0 for room in crew.room.values())
 
 
 # --- the driver ------------------------------------------------------------------------------------------------------

@@ -301,9 +301,12 @@ def test_the_number_of_actors_changes_no_byte(plain: Mined, base: Config, tmp_pa
     slots = ray.cluster_resources()
     if slots.get("GPU", slots["CPU"]) < 2:
         pytest.skip("not enough GPUs or CPUs for two trainers")
-    other = mine(change(base, tmp_path / "run", pool_actors=3, trainers=2))
+    other = mine(change(base, tmp_path / "run", pool_actors=3, trainers=2, resident=True))
     assert other.summary["pool_actors"] == 3
     assert len(other.summary["trainers"]) == 2
+    held = [record["blocks_held"] for record in plain_records(other)]
+    assert held[:2] == [0, 0]  # what the guard leaves out is not kept
+    assert held[2] == sum(-(-shard.count // 4096) for shard in Pool.open(base.data.pool).shards)  # no pixels travel
     assert contents(other.run) == contents(plain.run)
 
 

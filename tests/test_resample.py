@@ -23,7 +23,7 @@ FLAGS = {
     *("pool", "id", "model", "checkpoint", "size", "seed"),
     *("rule", "rounds", "steps", "eta", "cap", "batch", "alpha", "lr", "views", "smooth"),
     *("gamma", "draw", "strata", "exclude-near-id", "guard"),
-    *("pool-actors", "trainers", "threads", "parts", "address", "autoscale", "out", "resume", "dry-run"),
+    *("pool-actors", "trainers", "resident", "threads", "parts", "address", "autoscale", "out", "resume", "dry-run"),
     *(f"pretrain.{name}" for name in ("epochs", "batch", "lr", "warmup", "weight-decay", "label-smoothing")),
 }
 

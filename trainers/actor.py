@@ -26,7 +26,7 @@ from trainers.fit import pretrain
 from trainers.together import Group, descend_together, listen, own_gradients, own_positions, part_sizes
 from trainers.train import autocast, features_and_logits, joint_step, uniformity
 from trainers.train import place as to_device
-from trainers.views import game_batch, on_device, views
+from trainers.views import free_bytes, game_batch, on_device, views
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -63,6 +63,7 @@ class Trainer:
         self.told: dict[str, Any] = {}
         self.parts, self.sizes = game.parts, part_sizes(game.batch, game.parts)
         self.group = Group()
+        self.held: dict[bytes, torch.Tensor] = {}  # images of blocks, from one sweep to the next
 
     def where(self) -> dict[str, Any]:
         """Device and process, for the log."""
@@ -91,18 +92,10 @@ class Trainer:
             write_file(kept.round(epoch - 1) / _STATE, state)
             kept.commit(epoch - 1)
 
-        done = kept.last_sound() + 1
+        done, tell = kept.last_sound() + 1, self.told.update
         resume = (done, (kept.round(done - 1) / _STATE).read_bytes()) if done else None
-        return pretrain(
-            self.net,
-            self.id_set,
-            config,
-            self.seed,
-            self.device,
-            self.told.update,
-            resume=resume,
-            on_epoch=on_epoch,
-        )
+        net, id_set, seed = self.net, self.id_set, self.seed
+        return pretrain(net, id_set, config, seed, self.device, tell, resume=resume, on_epoch=on_epoch)
 
     @ray.method(concurrency_group="tell")
     def ping(self) -> bool:
@@ -223,13 +216,21 @@ class Trainer:
 
     # --- the game ------------------------------------------------------------------------------------------------
 
-    def score(self, images: np.ndarray, look_up: bool) -> dict[str, np.ndarray]:
+    def forget(self) -> tuple[int, bool]:
+        """Let go of all images that were kept. Returns how many bytes could be kept, and whether on a GPU."""
+        self.held.clear()
+        return free_bytes(self.device) // 2, self.device.type == "cuda"
+
+    def score(self, images: np.ndarray | None, look_up: bool, key: bytes = b"") -> dict[str, np.ndarray]:
         """Uniformity loss float32 ``[n]`` of each image, the mean over ``views`` of it.
 
+        The images are kept under ``key``, if it is not empty; None are those that were kept under it.
         With ``look_up`` beside it: nearest ID images, stratum, distance to POEM's boundary, as far as they were set.
         """
         scores: dict[str, np.ndarray] = {}
-        x = on_device(images, self.device)
+        x = self.held[key] if images is None else on_device(images, self.device)
+        if key:
+            self.held[key] = x
         if look_up and self.strata is not None:
             features, logits, looks = self._look(x)
         else:
