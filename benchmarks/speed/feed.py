@@ -63,15 +63,8 @@ def pool_actor(files: Files, fresh: bool) -> Way:
     """One pool actor, blocks as a sweep asks for them; ``fresh``: nothing is decoded yet."""
     size = block_size(files.side)
 
-    def blocks(actor: Any) -> Iterator[np.ndarray]:
-        per = IMAGES // TARS
-        todo = [(s, np.arange(a, min(a + size, per), dtype=np.int32)) for s in range(TARS) for a in range(0, per, size)]
-        on_the_way: list[Any] = []
-        while todo or on_the_way:
-            while todo and len(on_the_way) < IN_FLIGHT:
-                on_the_way.append(actor.rows_of.remote(*todo.pop(0)))
-            yield ray.get(on_the_way.pop(0))
-
+    per = IMAGES // TARS
+    asked = [(s, np.arange(a, min(a + size, per), dtype=np.int32)) for s in range(TARS) for a in range(0, per, size)]
     actor = PoolActor.options(num_cpus=0).remote(files.pool, files.side, 0, "hedge", 0.1)
     ray.get(actor.ping.remote())
 
@@ -80,9 +73,37 @@ def pool_actor(files: Files, fresh: bool) -> Way:
             for cached in Path(files.pool).glob("cache/*/*"):
                 cached.unlink()
             ray.get(actor.__ray_call__.remote(lambda shards: shards.images.clear()))
-        return consumed(blocks(actor))
+        return consumed(ahead(actor.rows_of, asked))
 
     return way
+
+
+def ahead(method: Any, calls: list[tuple[Any, ...]]) -> Iterator[np.ndarray]:
+    """Results of an actor's method in order, as many on their way as a sweep has."""
+    todo, on_the_way = list(calls), list[Any]()
+    while todo or on_the_way:
+        while todo and len(on_the_way) < IN_FLIGHT:
+            on_the_way.append(method.remote(*todo.pop(0)))
+        yield ray.get(on_the_way.pop(0))
+
+
+@ray.remote(num_cpus=0)
+class Ready:
+    """Has one block of pixels in memory, and nothing to do."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels = pixels.copy()
+
+    def block(self) -> np.ndarray:
+        """The same block again."""
+        return self.pixels
+
+
+def bare_ray(files: Files) -> Way:
+    """What the object store allows: an actor that only returns a ready block, which is copied in and mapped out."""
+    size = min(block_size(files.side), IMAGES // TARS)
+    actor = Ready.remote(files.pixels[:size])
+    return lambda: consumed(ahead(actor.block, [()] * (IMAGES // size)))
 
 
 def loader(dataset: Any) -> Way:
@@ -158,6 +179,7 @@ def main(repeat: int) -> None:
     connect(None, num_cpus=2)
     ray.data.DataContext.get_current().enable_progress_bars = False
     others: dict[str, Callable[[Files], Way]] = {
+        "a ready block through Ray": bare_ray,
         "webdataset 1.0 + PIL": web_dataset,
         "ImageFolder": image_folder,
         "ray.data.read_webdataset": ray_data,
