@@ -27,7 +27,7 @@ from miner import demo
 from miner.build import write_arrays_pool
 from miner.config import Config, Data, Game, Output
 from miner.files import sha256
-from miner.mine import Mining
+from miner.mining import Mining
 from miner.progress import Display
 from miner.rays import connect
 

@@ -20,8 +20,10 @@ from miner.files import atomic, file_size, open_binary, place, read_json, read_w
 from miner.images import png
 from miner.manifest import FORMAT, VERSION
 from miner.pool import INDEX_SCHEMA, Pool, fingerprint_of
+from miner.recipe import Job, Plan, Recipe
 from miner.shards import index_table, made_entry, shard_job, write_image
-from miner.sources import Job, Plan, Recipe, plan
+from miner.source_uids import join_names
+from miner.sources import plan
 from miner.tars import TarWriter
 
 
@@ -32,12 +34,12 @@ def prepare(recipe: Recipe, folder: str) -> Plan:
     """
     if is_url(folder):
         check_writable(folder)
-        if recipe.source != "folder":
-            raise UsageError(
-                f"{folder}: --source {recipe.source} adopts files where they lie, and nobody would find them from a "
-                "URL; only --source folder writes there"
-            )
     planned = plan(recipe)
+    if is_url(folder) and any(job.kind not in ("folder", "parquet") for job in planned.jobs):
+        raise UsageError(
+            f"{folder}: --source {recipe.source} adopts files where they lie, and nobody would find them from a URL; "
+            "only image files in folders and --source parquet are written there"
+        )
     folder = folder if is_url(folder) else os.path.abspath(folder)
     note = os.path.join(folder, "shards", "arguments.json")
     arguments = json.dumps(_arguments(recipe), indent=1).encode()
@@ -82,12 +84,13 @@ def run_job(folder: str, job: Job) -> int:
     done = _complete(folder, stem, job)
     if done is not None:
         return done
-    table, entry = shard_job(folder, job)
+    made = shard_job(folder, job)
     with atomic(f"{stem}.parquet") as file:
-        pq.write_table(table, file)
+        pq.write_table(made.table, file)
+    note = {"stamp": job.stamp, "shard": made.entry} | ({"skipped": made.skipped} if made.skipped else {})
     with atomic(f"{stem}.json") as file:
-        file.write(json.dumps({"stamp": job.stamp, "shard": entry}, indent=1).encode())
-    return table.num_rows
+        file.write(json.dumps(note, indent=1).encode())
+    return made.table.num_rows
 
 
 def _complete(folder: str, stem: str, job: Job) -> int | None:
@@ -106,15 +109,26 @@ def _complete(folder: str, stem: str, job: Job) -> int | None:
 
 
 def finish(recipe: Recipe, folder: str, name: str, planned: Plan, licence: str = "") -> Pool:
-    """Join the shards' rows into index.parquet and write pool.json last; returns the opened pool.
+    """Join the shards' rows into index.parquet (and sources.parquet) and write pool.json last; returns the opened pool.
 
     Raises MinerError when two shards share a key or a label has no class.
     """
     stems = [os.path.join(folder, "shards", f"{job.number:06d}") for job in planned.jobs]
     tables = (_rows(f"{stem}.parquet") for stem in stems)
-    entries = [read_json(f"{stem}.json")["shard"] for stem in stems]
-    source = {"kind": recipe.source, "arguments": _arguments(recipe), "skipped": planned.skipped}
+    notes = [read_json(f"{stem}.json") for stem in stems]
+    entries = [note["shard"] for note in notes]
+    source = {"kind": recipe.source, "arguments": _arguments(recipe), "skipped": skipped(planned, notes)}
+    join_names(folder, [f"{stem}.parquet" for stem in stems])
     return _write_manifest(folder, name, planned, entries, tables, source, licence)
+
+
+def skipped(planned: Plan, notes: list[dict[str, Any]]) -> dict[str, int]:
+    """Files and rows of the source that are not in the pool, by reason: what the plan and each shard left out."""
+    counts = dict(planned.skipped)
+    for note in notes:
+        for why, count in note.get("skipped", {}).items():
+            counts[why] = counts.get(why, 0) + count
+    return counts
 
 
 def _rows(path: str) -> pa.Table:
@@ -169,6 +183,8 @@ def _check_keys(rows: pa.Table, entries: list[dict[str, Any]]) -> None:
         key = twice[0]["values"].as_py()
         shards = rows.filter(pc.equal(rows["key"], key))["shard"].to_pylist()
         paths = " and ".join(entries[shard]["path"] for shard in shards[:2])
+        if len({entries[shard]["path"] for shard in shards}) == 1:  # of one archive
+            raise MinerError(f"{entries[shards[0]]['path']}: key {key!r} comes twice; unpack it, take --source folder")
         raise MinerError(f"{paths}: both hold key {key!r}; choose the tars of one split with --glob")
 
 

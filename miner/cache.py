@@ -13,11 +13,10 @@ from PIL import Image
 
 from miner.buckets import is_url
 from miner.errors import MinerError
-from miner.files import atomic, read_json
+from miner.files import NPY_ERRORS, atomic, read_json
 from miner.images import decode, fit
 from miner.manifest import Shard
 from miner.pool import Pool
-from miner.sources import NPY_ERRORS
 from trainers.image_set import ImageSet
 
 VERSION = 1  # raise when decoding gives other pixels

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -18,6 +19,11 @@ from miner.errors import MinerError, disk_full
 MERGE_GAP = 64 << 10  # bytes between two wanted ranges that are cheaper to read than to ask for twice
 MERGE_SPAN = 16 << 20
 CHUNK = 4 << 20
+# What numpy raises on a hostile .npy header: it is a Python literal.
+NPY_ERRORS = (
+    ValueError, EOFError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError, KeyError, IndexError,
+    tokenize.TokenError,
+)  # fmt: skip
 MAX_JSON = 256 << 20  # bytes of a manifest; a pool of 80 million images in 8,000 shards has 3 MB
 
 Place = Path | BucketPath  # where something lies: both have the same methods, as far as they are needed here

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,29 +14,44 @@ from miner.errors import MinerError
 from miner.files import atomic, read_ranges, sha256
 from miner.images import dimensions
 from miner.pool import INDEX_SCHEMA, uid_of
-from miner.sources import Job
-from miner.tars import MAX_IMAGE, TarWriter, expand, read_samples
+from miner.recipe import Job
+from miner.source_archive import archive_rows
+from miner.source_files import folder_items
+from miner.source_npz import unpack_npz
+from miner.source_parquet import parquet_items
+from miner.source_uids import with_names
+from miner.tars import TarWriter, expand, read_samples
 
 CHUNK = 4 << 20
 
 
-def shard_job(folder: str, job: Job) -> tuple[pa.Table, dict[str, Any]]:
-    """Make or adopt one shard: its index rows (INDEX_SCHEMA) and its entry for pool.json."""
-    if job.kind == "raw":
-        return _adopt_raw(job)
-    if job.kind == "tar":
-        return _adopt_tar(folder, job)
-    root, name = job.path, f"{job.number:06d}.tar"
-    rows = []
+@dataclass(frozen=True)
+class Made:
+    """One shard: its index rows (INDEX_SCHEMA, perhaps with the source's names), its entry for pool.json, and how many
+    images of the source it lacks, by reason."""
+
+    table: pa.Table
+    entry: dict[str, Any]
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+def shard_job(folder: str, job: Job) -> Made:
+    """Make or adopt one shard."""
+    makers = {"raw": _adopt_raw, "npz": _unpack, "tar": _adopt_tar, "class-tar": _point_into, "folder-tar": _point_into}
+    return makers.get(job.kind, _write_tar)(folder, job)
+
+
+def _write_tar(folder: str, job: Job) -> Made:
+    name, rows, skipped = f"{job.number:06d}.tar", [], dict[str, int]()
+    items = folder_items(job) if job.kind == "folder" else parquet_items(job, skipped)
     with TarWriter(os.path.join(folder, name)) as tar:
-        for number, (path, label) in enumerate(job.items, job.first):
-            with open(os.path.join(root, path), "rb") as file:
-                data = file.read(MAX_IMAGE + 1)
-            if len(data) > MAX_IMAGE:
-                raise MinerError(f"{os.path.join(root, path)}: grew over {MAX_IMAGE} bytes; run again")
-            ext = path.rpartition(".")[2].lower().replace("jpeg", "jpg")
-            rows.append(write_image(tar, f"{number:09d}", ext, data, label, {"path": path}))
-    return index_table(job.number, rows), made_entry(name, tar, len(rows))
+        for item in items:
+            note = None if item.path is None else {"path": item.path}
+            rows.append(write_image(tar, f"{item.number:09d}", item.ext, item.data, item.label, note))
+        if not rows:
+            reasons = ", ".join(f"{count} {why}" for why, count in skipped.items())
+            raise MinerError(f"{job.path}: no images in rows {job.start} to {job.start + job.count} ({reasons})")
+    return Made(index_table(job.number, rows), made_entry(name, tar, len(rows)), skipped)
 
 
 def write_image(
@@ -77,27 +94,48 @@ def _entry(name: str, path: str, count: int, size: int, digest: str) -> dict[str
     return {**entry, "bytes": size, "sha256": digest, "file_bytes": size}
 
 
-def _adopt_tar(folder: str, job: Job) -> tuple[pa.Table, dict[str, Any]]:
+def _adopt_tar(folder: str, job: Job) -> Made:
     path = job.path
     if path.endswith(".gz"):
         path = os.path.join(os.path.abspath(folder), f"{job.number:06d}.tar")
         with atomic(path) as file:
             expand(job.path, file)
-    rows = []
+    rows, names = [], []
     samples = read_samples(path)
     for start in range(0, len(samples), 256):
         part = samples[start : start + 256]
         images = read_ranges(path, [(sample.offset, sample.size) for sample in part])
         rows += [_row(s.key, s.ext, s.offset, data, s.label) for s, data in zip(part, images, strict=True)]
+        names += [_uid_in(note) for note in read_ranges(path, [sample.note for sample in part])]
     inside = os.path.dirname(path) == os.path.abspath(folder)
     name = os.path.basename(job.path).removesuffix(".gz")
     entry = _entry(name, os.path.basename(path) if inside else path, len(rows), os.path.getsize(path), sha256(path))
-    return index_table(job.number, rows), entry
+    return Made(with_names(index_table(job.number, rows), names), entry)
 
 
-def _adopt_raw(job: Job) -> tuple[pa.Table, dict[str, Any]]:
-    height, width, channels = job.record_shape
-    record = height * width * channels
+def _uid_in(note: bytes) -> Any:
+    """`uid` of a KEY.json; None where there is none, and where it is no JSON: nothing else is wanted of it."""
+    try:
+        content = json.loads(note)
+    except (ValueError, RecursionError):
+        return None
+    return content.get("uid") if isinstance(content, dict) else None
+
+
+def _point_into(folder: str, job: Job) -> Made:
+    """A part of an archive that stays where it is."""
+    rows, names = [], []
+    for row in archive_rows(job):
+        rows.append(_row(row["key"], row["ext"], row["offset"], row["data"], row["label"]))
+        names.append(row["path"])
+    label = job.items[0][0] if job.kind == "class-tar" else f"{job.number:06d}"
+    entry = _entry(label, job.path, len(rows), job.size, sha256(job.path, job.record_offset, job.size))
+    entry |= {"file_bytes": os.path.getsize(job.path), "record_offset": job.record_offset}
+    return Made(with_names(index_table(job.number, rows), names), entry)
+
+
+def _adopt_raw(folder: str, job: Job) -> Made:
+    record = math.prod(job.record_shape)
     step = max(1, CHUNK // record)
     digest, uids = hashlib.sha256(), []
     for start in range(0, job.count, step):
@@ -106,31 +144,49 @@ def _adopt_raw(job: Job) -> tuple[pa.Table, dict[str, Any]]:
         digest.update(block)
         view = memoryview(block)
         uids += [uid_of(view[i * record : (i + 1) * record]) for i in range(count)]
-    listed = set(job.excluded)
-    rows = range(job.count)
+    entry = _raw_entry(job, job.path, job.record_offset, digest.hexdigest(), os.path.getsize(job.path))
+    return Made(_raw_table(job, job.record_offset, uids, [None] * job.count), entry)
+
+
+def _unpack(folder: str, job: Job) -> Made:
+    """Images of an .npz as a .npy in the pool's folder."""
+    name = f"{job.number:06d}.npy"
+    path = os.path.join(folder, name)
+    with atomic(path) as file:
+        offset, digest, uids, labels = unpack_npz(job, file)
+    return Made(_raw_table(job, offset, uids, labels), _raw_entry(job, name, offset, digest, os.path.getsize(path)))
+
+
+def _raw_table(job: Job, offset: int, uids: list[str], labels: list[int | None]) -> pa.Table:
+    """Index rows of records that follow each other from byte ``offset``."""
+    height, width, _ = job.record_shape
+    record, rows, listed = math.prod(job.record_shape), range(job.count), set(job.excluded)
     columns = {
         "uid": uids,
         "key": [f"{job.first + row:09d}" for row in rows],
         "shard": np.full(job.count, job.number, np.int32),
         "row": np.arange(job.count, dtype=np.int32),
-        "offset": job.record_offset + record * np.arange(job.count, dtype=np.int64),
+        "offset": offset + record * np.arange(job.count, dtype=np.int64),
         "size": np.full(job.count, record, np.int64),
         "ext": ["png"] * job.count,
-        "label": [None] * job.count,
+        "label": labels,
         "width": np.full(job.count, width, np.int32),
         "height": np.full(job.count, height, np.int32),
         "excluded_by": ["exclude-list" if row in listed else None for row in rows],
     }
-    entry = {
+    return pa.table(columns, schema=INDEX_SCHEMA)
+
+
+def _raw_entry(job: Job, path: str, offset: int, digest: str, file_bytes: int) -> dict[str, Any]:
+    return {
         "name": f"{job.number:06d}",
         "kind": "raw",
-        "path": job.path,
+        "path": path,
         "count": job.count,
-        "bytes": job.count * record,
-        "sha256": digest.hexdigest(),
-        "file_bytes": os.path.getsize(job.path),
-        "record_offset": job.record_offset,
+        "bytes": job.count * math.prod(job.record_shape),
+        "sha256": digest,
+        "file_bytes": file_bytes,
+        "record_offset": offset,
         "record_shape": list(job.record_shape),
         "order": job.order,
     }
-    return pa.table(columns, schema=INDEX_SCHEMA), entry

@@ -12,35 +12,36 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, BinaryIO, cast
 
 from miner.errors import MinerError, disk_full
 from miner.files import Place, atomic, regular_size
+from miner.headers import Headers, fault, safe_headers, why_not
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MAX_IMAGE = 16 << 20  # bytes
 MAX_LABEL = 1_000_000  # labels count into tables: a huge one must not make a huge table; -1 is no class
 LIMITS = {**dict.fromkeys(IMAGES, MAX_IMAGE), "cls": 64, "json": 1 << 20}
-PICKLES = frozenset(("pkl", "pickle", "pyd", "pth", "pt"))
 MAX_TAR = 64 << 30  # bytes that one .tar.gz may expand to
 MAX_RATIO = 250  # expanded over compressed; DEFLATE reaches 1032, image tars stay under 30
 CHUNK = 4 << 20
-MAX_HEADER = 1 << 20  # bytes of one extended (pax or GNU) header
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a tar: ``size`` bytes at ``offset`` of the archive; label None without a .cls."""
+    """One image of a tar: ``size`` bytes at ``offset`` of the archive; label None without a .cls.
+
+    ``note`` is the (offset, size) of its .json, (0, 0) without one.
+    """
 
     key: str
     ext: str
     offset: int
     size: int
     label: int | None
+    note: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,6 @@ class _Member:
         return "image" if self.ext in IMAGES else self.ext
 
 
-class _HeaderFile(io.FileIO):
-    """An archive of which tarfile may read headers only: no member can make it allocate gigabytes."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= MAX_HEADER:
-            raise tarfile.ReadError(f"extended header of {size} bytes")
-        return super().read(size) or b""
-
-
 def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
     """The images of an uncompressed WebDataset tar, in archive order.
 
@@ -74,11 +66,11 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
     members are not adjacent, a label that is no integer, an archive that is empty, cut off or corrupt.
     """
     where = os.fspath(path)
-    regular_size(where)
     samples: list[Sample] = []
     first: dict[str, _Member] = {}
-    with _HeaderFile(where) as file:
-        for key, group in itertools.groupby(_members(where, file), key=lambda member: member.key):
+    with Headers(where) as file:
+        members_of_it = filter(None, (_member(where, info) for info in safe_headers(where, file)))
+        for key, group in itertools.groupby(members_of_it, key=lambda member: member.key):
             members = list(group)
             if key in first:
                 raise _twice(where, first[key], members[0], "members of one key must be adjacent")
@@ -91,54 +83,8 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
     return samples
 
 
-def _members(path: str, file: _HeaderFile) -> Iterator[_Member]:
-    total = os.fstat(file.fileno()).st_size
-    stop = 0
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the caller closes the file
-        while (info := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # a million headers need not stay
-            member = _checked(path, info)
-            if info.size < 0 or info.offset_data + info.size > total:
-                raise _fault(path, info, f"cut off: its {info.size} bytes pass the end of the file")
-            if member is not None:
-                yield member
-            stop = tar.offset
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
-        raise MinerError(f"{path}: not a sound uncompressed tar: {error}, after byte {stop}") from None
-    _check_end(path, file, tar.offset)
-
-
-def _check_end(path: str, file: _HeaderFile, stop: int) -> None:
-    # tarfile ends its iteration without a word at a header that is cut off or has a wrong checksum.
-    file.seek(stop)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE or any(block):
-        raise MinerError(f"{path}: cut off or corrupt header at byte {stop}; fetch or write this tar again")
-    while block := file.read(MAX_HEADER):
-        if block.count(0) != len(block):
-            raise MinerError(f"{path}: data after the end mark at byte {stop}; split joined tars first")
-
-
-def _why_not(name: str) -> str | None:
-    """Why a member of this name is neither read nor written, if so."""
-    if name.startswith("/") or ".." in name.split("/"):
-        return "refused: the name leaves the archive's folder"
-    if CONTROL.search(name):
-        return "refused: control or undecodable characters in the name"
-    if not PICKLES.isdisjoint(name.rpartition("/")[2].lower().split(".")[1:]):
-        return "refused: a pickle, which can run code"
-    return None
-
-
-def _checked(path: str, info: tarfile.TarInfo) -> _Member | None:
+def _member(path: str, info: tarfile.TarInfo) -> _Member | None:
     name = info.name
-    if (why := _why_not(name)) is not None:
-        raise _fault(path, info, why)
-    if info.type == tarfile.DIRTYPE:
-        return None
-    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or info.sparse is not None:
-        raise _fault(path, info, "refused: a link, device or sparse member; only plain files are read")
     folder, _, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.partition(".")
     ext = suffix.lower()
@@ -146,9 +92,9 @@ def _checked(path: str, info: tarfile.TarInfo) -> _Member | None:
     if not stem or parts[-1] not in LIMITS:
         return None
     if len(parts) > 1:
-        raise _fault(path, info, "a key must not hold a dot (WebDataset cuts keys at the first); rename it")
+        raise fault(path, info, "a key must not hold a dot (WebDataset cuts keys at the first); rename it")
     if info.size > LIMITS[ext]:
-        raise _fault(path, info, f"{info.size} bytes; at most {LIMITS[ext]} are read of a .{ext}")
+        raise fault(path, info, f"{info.size} bytes; at most {LIMITS[ext]} are read of a .{ext}")
     key = f"{folder}/{stem}" if folder else stem
     return _Member(name, key, ext, info.offset, info.offset_data, info.size)
 
@@ -165,7 +111,8 @@ def _sample(path: str, descriptor: int, members: list[_Member]) -> Sample | None
             raise MinerError(f"{path}: member {label.name!r} at byte {label.header}: label without image")
         return None
     number = _label(path, descriptor, label) if label else None
-    return Sample(image.key, image.ext, image.offset, image.size, number)
+    note = (roles["json"].offset, roles["json"].size) if "json" in roles else (0, 0)
+    return Sample(image.key, image.ext, image.offset, image.size, number, note)
 
 
 def _label(path: str, descriptor: int, member: _Member) -> int:
@@ -173,10 +120,6 @@ def _label(path: str, descriptor: int, member: _Member) -> int:
     if not re.fullmatch(rb"-?[0-9]{1,10}", text) or not -1 <= int(text) < MAX_LABEL:
         raise MinerError(f"{path}: member {member.name!r} at byte {member.header}: {text!r} is no label")
     return int(text)
-
-
-def _fault(path: str, info: tarfile.TarInfo, why: str) -> MinerError:
-    return MinerError(f"{path}: member {info.name!r} at byte {info.offset}: {why}")
 
 
 def _twice(path: str, one: _Member, other: _Member, why: str) -> MinerError:
@@ -236,7 +179,7 @@ class TarWriter:
         Raises MinerError for a name that ustar cannot hold (over 100 bytes) or that our own reader would refuse, and
         for a full disk.
         """
-        if (why := _why_not(name)) is not None:
+        if (why := why_not(name)) is not None:
             raise MinerError(f"{self.path}: member {name!r}: {why}")
         info = tarfile.TarInfo(name)
         info.size = len(data)

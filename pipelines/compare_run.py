@@ -263,7 +263,7 @@ class Comparison:
 
     def mine(self, mine: Mine, gammas: Iterable[float]) -> dict[str, float]:
         """One mining run, on all machines; its cost."""
-        from miner.mine import mine as run
+        from miner.mining import mine as run
 
         config = self.mining(mine, tuple(gammas))
         summary = run(config).summary

@@ -32,7 +32,7 @@ def main() -> None:
 
         print(costs.told(config, pool, load_id(config.data.id, config.data.size)))
         return
-    from miner.mine import mine
+    from miner.mining import mine
 
     mined = mine(config)
     from pipelines.report import write_report

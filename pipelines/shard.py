@@ -1,15 +1,16 @@
 """Make a pool of background images, or check one.
 
-python -m pipelines.shard --source folder --input imagenet/train --name imagenet
+python -m pipelines.shard --input imagenet/train --name imagenet
 
-The pool is a folder of WebDataset tars with an index and a manifest. Existing tars, `.npy` arrays and
-`tiny_images.bin` are adopted where they lie. Every core works, on a cluster every node (`--address auto`;
+The pool is a folder with an index and a manifest. WebDataset tars, the tars of ImageNet and Places365, `.npy` arrays and
+`tiny_images.bin` are adopted where they lie; image folders, Parquet and `.npz` are written to new shards. Every core works, on a cluster every node (`--address auto`;
 source and pool then lie on a disk that all nodes see). Stopped? The same command goes on where it was.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,27 +22,32 @@ from miner.buckets import is_url
 from miner.build import finish, prepare, run_job
 from miner.errors import UsageError
 from miner.files import place
+from miner.manifest import read_manifest
 from miner.pool import Pool, pools_folder, resolve
-from miner.sources import Recipe
+from miner.recipe import Recipe
 from pipelines.cli import disconnect, each, run
+
+Source = Literal["auto", "folder", "places365", "tars", "imagenet", "parquet", "npz", "npy", "tiny-images"]
 
 
 @dataclass(frozen=True)
 class Config:
     """Make a pool of background images, or check one."""
 
-    source: Literal["folder", "tars", "npy", "tiny-images"] = "folder"
-    """folder: one sub-folder a class. tars: WebDataset .tar (adopted in place) or .tar.gz (expanded into the
-    pool). npy: uint8 [N, H, W, 3], adopted in place. tiny-images: your copy of tiny_images.bin, in place."""
+    source: Source = "auto"
+    """auto: look what --input is. folder: one sub-folder a class, or a .tar of that (in place). places365: the same with
+    classes like a/abbey. tars: WebDataset or img2dataset .tar (in place) or .tar.gz (expanded into the pool). imagenet:
+    ILSVRC2012_img_train.tar (in place). parquet: of Hugging Face. npz: ImageNet32 or 64. npy: uint8 [N, H, W, 3], in
+    place. tiny-images: your copy of tiny_images.bin, in place."""
     input: tuple[str, ...] = ()
     """The folder, or the files, or folders of files."""
     name: str | None = None
     """Name to mine it by: `--pool NAME`. Letters, digits, `-`, `_` and dots."""
     out: str | None = None
-    """Folder of the pool, or with --source folder a URL (`s3://bucket/pool`). Default: NAME under $OUTLIER_POOLS or
-    ~/.local/share/outlier-miner/pools."""
+    """Folder of the pool; for image folders and Parquet also a URL (`s3://bucket/pool`). Default: NAME under
+    $OUTLIER_POOLS or ~/.local/share/outlier-miner/pools."""
     glob: str = "*"
-    """Which files of an input folder, e.g. `train-*`."""
+    """Which files of an input folder, e.g. `train-*`; which folders in a .tar of folders, e.g. `*/train/*`."""
     exclude_list: str | None = None
     """tiny-images: file of image numbers to leave out, counted from 1, one a line."""
     licence: str = ""
@@ -69,13 +75,19 @@ def main() -> None:
 def make(config: Config) -> None:
     """Make the pool that ``config`` asks for. Raises MinerError or UsageError."""
     name, folder = destination(config)
-    recipe = Recipe(config.source, config.input, config.glob, config.exclude_list, config.per_shard)
-    plan = prepare(recipe, folder)
+    source: str = config.source
+    if source == "auto":
+        source, what = detect(config.input, config.glob)
+        print(f"found {what}: --source {source}")
+    recipe = Recipe(source, config.input, config.glob, config.exclude_list, config.per_shard)
+    console = Console(stderr=True)
+    with console.status("reading names and headers") if console.is_terminal else nullcontext():
+        plan = prepare(recipe, folder)
     tracked(config, run_job, [(folder, job) for job in plan.jobs], "sharding")
     pool = finish(recipe, folder, name, plan, config.licence)
-    for reason, count in plan.skipped.items():
+    for reason, count in read_manifest(folder)["source"]["skipped"].items():
         if count:
-            print(f"skipped {count:,} files: {reason}")
+            print(f"skipped {count:,}: {reason}")
     report(pool)
     print(f"next: python -m pipelines.resample --pool {folder if config.out else name} --gamma 0.01")
 

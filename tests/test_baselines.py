@@ -25,7 +25,7 @@ from miner.cache import open_shard
 from miner.config import ONE_SWEEP, Config, Data, Game, Machines, Output, Selection
 from miner.errors import MinerError, UsageError
 from miner.inputs import check, plan
-from miner.mine import mine
+from miner.mining import mine
 from miner.pool import Pool
 from miner.rays import connect
 from miner.subset import load_subset

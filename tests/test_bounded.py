@@ -21,7 +21,7 @@ from miner.cluster import Crew
 from miner.config import Config, Data, Game, Machines
 from miner.pool import Pool
 from miner.progress import Display
-from miner.sources import Recipe
+from miner.recipe import Recipe
 from miner.subset import write_subset
 from trainers.data import IdSet, load_id
 

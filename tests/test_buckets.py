@@ -34,10 +34,10 @@ from miner.errors import MinerError, UsageError
 from miner.files import Place, atomic, local_copy, place, read_ranges, sha256
 from miner.images import png
 from miner.inputs import check
-from miner.mine import Mined, mine
+from miner.mining import Mined, mine
 from miner.pool import Pool
+from miner.recipe import Recipe
 from miner.run_dir import RunDir, write_file, write_json
-from miner.sources import Recipe
 from miner.universal import pool_runs
 from pipelines import agree
 from pipelines.report import write_report

@@ -15,7 +15,7 @@ from PIL import Image
 from miner.build import finish, prepare, run_job
 from miner.errors import MinerError, UsageError
 from miner.pool import Pool
-from miner.sources import Recipe, class_names
+from miner.recipe import Recipe, class_names
 from miner.tars import TarWriter
 
 RNG = np.random.default_rng(1)

@@ -15,7 +15,7 @@ from miner import cache
 from miner.build import finish, prepare, run_job, write_arrays_pool
 from miner.images import decode, dimensions, png
 from miner.pool import Pool
-from miner.sources import Recipe
+from miner.recipe import Recipe
 from miner.tars import TarWriter, read_samples
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8)

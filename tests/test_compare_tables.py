@@ -363,7 +363,7 @@ class Page(HTMLParser):
 
 
 def make_mined(out: Path, pool: Pool, selector: str, seed: int) -> None:
-    """A finished mining run, its tables as miner.mine makes them: later images weigh more, the first 3 are left out."""
+    """A finished mining run, its tables as in miner.mining: later images weigh more, the first 3 are left out."""
     run = out / Mine("tiny", "cifar10", "small", selector, seed).name
     (run / "weights").mkdir(parents=True)
     weight = np.arange(1, pool.count + 1) + np.random.default_rng(seed).random(pool.count)

@@ -33,10 +33,10 @@ from miner.cluster import Crew
 from miner.config import Config, Data, Game, Machines, Output, Selection
 from miner.errors import MinerError, UsageError
 from miner.images import png
-from miner.mine import Mined, mine
+from miner.mining import Mined, mine
 from miner.pool import Pool
 from miner.rays import connect
-from miner.sources import Recipe
+from miner.recipe import Recipe
 from miner.subset import load_subset
 from miner.tars import TarWriter
 from miner.weights import TABLE, load_weights

@@ -12,7 +12,7 @@ from miner import cache
 from miner.build import finish, prepare, run_job
 from miner.errors import MinerError
 from miner.pool import Pool, uid_of
-from miner.sources import Recipe
+from miner.recipe import Recipe
 
 RNG = np.random.default_rng(1)
 

@@ -25,7 +25,7 @@ from miner.build import write_arrays_pool
 from miner.cluster import Crew
 from miner.config import Config, Data, Game, Machines, Output, Selection
 from miner.errors import MinerError
-from miner.mine import Mined, mine
+from miner.mining import Mined, mine
 from miner.progress import Display
 from miner.rays import LostError, connect
 from miner.run_dir import RunDir

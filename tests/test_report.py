@@ -30,7 +30,7 @@ VOID = {"meta", "link", "img", "br"}
 
 
 def make_run(folder: Path, count: int, labelled: bool = True, guard: bool = True, rounds: int = 2) -> Path:
-    """A finished run of ``count`` pool images, its tables made as miner.mine makes them."""
+    """A finished run of ``count`` pool images, its tables made as miner.mining makes them."""
     rng = np.random.default_rng(count)
     images = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
     labels = rng.integers(0, 4, count) if labelled else None
@@ -65,7 +65,7 @@ def make_run(folder: Path, count: int, labelled: bool = True, guard: bool = True
 
 
 def summary(pool: Pool, count: int, rounds: int) -> dict[str, Any]:
-    """What miner.mine leaves in summary.json."""
+    """What miner.mining leaves in summary.json."""
     return {
         "pool": pool.name,
         "pool_path": pool.path,

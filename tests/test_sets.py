@@ -21,7 +21,7 @@ from miner.build import finish, prepare, run_job, write_arrays_pool
 from miner.errors import MinerError, UsageError
 from miner.images import png
 from miner.pool import Pool
-from miner.sources import Recipe
+from miner.recipe import Recipe
 from miner.subset import write_subset
 from miner.tars import TarWriter
 from trainers.data import load_id

@@ -15,7 +15,7 @@ from PIL import Image
 from miner import cache
 from miner.build import finish, prepare, run_job
 from miner.pool import Pool
-from miner.sources import Recipe
+from miner.recipe import Recipe
 
 RNG = np.random.default_rng(1)
 
@@ -97,7 +97,7 @@ def test_command_errors_are_one_line(tmp_path: Path) -> None:
 def test_a_full_disk_stops_cleanly_and_the_same_command_goes_on(photos: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pipelines.cli import run\n"
-        "from miner.build import finish, prepare, run_job; from miner.sources import Recipe\n"
+        "from miner.build import finish, prepare, run_job; from miner.recipe import Recipe\n"
         "def main():\n"
         "    recipe = Recipe('folder', (sys.argv[1],), per_shard=8); plan = prepare(recipe, sys.argv[2])\n"
         "    [run_job(sys.argv[2], job) for job in plan.jobs]; finish(recipe, sys.argv[2], 'p', plan)\n"

@@ -36,8 +36,9 @@ from miner.build import run_job, write_arrays_pool
 from miner.errors import MinerError
 from miner.images import decode, dimensions, png
 from miner.pool import Pool, uid_of
+from miner.recipe import Recipe
 from miner.run_dir import RunDir, write_file
-from miner.sources import Recipe, plan
+from miner.sources import plan
 from miner.subset import load_subset
 from miner.tars import TarWriter, read_samples
 from miner.weights import load_weights

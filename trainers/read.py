@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 
 from miner.errors import MinerError, disk_full
-from miner.files import read_ranges, regular_size
+from miner.files import NPY_ERRORS, read_ranges, regular_size
 from miner.images import fit
-from miner.sources import NPY_ERRORS
 from miner.tars import IMAGES, MAX_IMAGE, Sample, expand, read_samples
 
 CHUNK = 256  # images read from a tar at once

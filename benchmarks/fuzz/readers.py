@@ -14,8 +14,8 @@ from miner.cache import open_shard
 from miner.files import read_ranges
 from miner.images import decode, dimensions
 from miner.pool import INDEX_SCHEMA, Pool
+from miner.recipe import Recipe
 from miner.run_dir import RunDir
-from miner.sources import Recipe
 from miner.subset import load_subset
 from miner.tars import read_samples
 from miner.weights import TABLE, ShardState, excluded_counts, load_weights

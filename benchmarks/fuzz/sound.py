@@ -17,8 +17,8 @@ from miner.build import finish, prepare, run_job, write_arrays_pool
 from miner.cache import open_shard
 from miner.images import png
 from miner.pool import Pool
+from miner.recipe import Recipe
 from miner.run_dir import RunDir, write_file
-from miner.sources import Recipe
 from miner.subset import write_subset
 from miner.tars import TarWriter
 from miner.weights import ShardState, final_table, write_arrow

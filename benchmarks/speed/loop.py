@@ -14,7 +14,7 @@ from benchmarks.speed.made import classifier, pixels, pool
 from benchmarks.speed.timing import table
 from miner import ranking, rules
 from miner.config import Config, Data, Game, Output, Selection
-from miner.mine import Mining
+from miner.mining import Mining
 from miner.neighbors import fit_strata
 from miner.progress import Display
 from miner.rays import connect

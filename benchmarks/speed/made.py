@@ -10,7 +10,7 @@ from miner import demo
 from miner.build import finish, prepare, run_job
 from miner.config import Game
 from miner.pool import Pool
-from miner.sources import Recipe
+from miner.recipe import Recipe
 from miner.tars import TarWriter
 from trainers.actor import Trainer
 from trainers.checkpoint import save_checkpoint
