@@ -153,7 +153,9 @@ def _write_manifest(
         for entry, table in zip(entries, tables, strict=True):
             top = pc.max(table["label"]).as_py()
             if planned.classes and top is not None and top >= len(planned.classes):
-                raise MinerError(f"{entry['path']}: label {top}, but only {len(planned.classes)} classes")
+                raise MinerError(
+                    f"{os.path.join(folder, entry['path'])}: label {top}, but only {len(planned.classes)} classes"
+                )
             writer.write_table(table, row_group_size=table.num_rows)
             kept.append(table.select(["uid"] if entry["kind"] == "raw" else ["uid", "key", "shard"]))
     if entries[0]["kind"] == "tar":

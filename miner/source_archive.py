@@ -82,8 +82,7 @@ def plan_packed_folder(recipe: Recipe) -> Plan:
 def _labels(source: str, path: str, folders: set[str]) -> tuple[dict[str, int | None], tuple[str, ...]]:
     """The class number of each folder, and the names of all classes."""
     root = os.path.commonpath(folders) if source == "folder" else ""
-    names = {folder: class_of(source, os.path.relpath(folder, root) if root else folder) for folder in folders}
-    names = {folder: None if name == "." else name for folder, name in names.items()}
+    names = {folder: class_of(source, folder.removeprefix(root).lstrip("/")) for folder in folders}
     classes = sorted({name for name in names.values() if name is not None})
     if source == "folder":
         check_splits(path, classes, f"--glob '{os.path.join(root, 'SPLIT')}/*'")

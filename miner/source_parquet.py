@@ -142,8 +142,10 @@ def _items(job: Job, columns: Columns, rows: range, part: pa.RecordBatch, skippe
             why = EMPTY if not data else LARGE if ext else OTHER
             skipped[why] = skipped.get(why, 0) + 1
             continue
-        if label is not None and label >= MAX_LABEL:
-            raise MinerError(f"{job.path}: row {row}: label {label}; at most {MAX_LABEL - 1}")
+        if label is not None and label >= (len(columns.classes) or MAX_LABEL):
+            raise MinerError(
+                f"{job.path}: row {row}: label {label}, but only {len(columns.classes) or MAX_LABEL} classes"
+            )
         yield Item(job.first + row - job.start, ext, data, label if label is None or label >= 0 else None, path)
 
 

@@ -75,7 +75,7 @@ def detect(inputs: tuple[str, ...], glob: str = "*") -> tuple[str, str]:
     }
     found = {kind: paths for kind, paths in kinds.items() if paths}
     if "tars" in found:
-        found = {_kind_of_tars(found["tars"]): found["tars"]}
+        found = {_kind_of_tars(found["tars"], inputs): found["tars"]}
     if len(found) > 1:
         raise UsageError(f"{first}: holds {' and '.join(WORDS[kind] for kind in found)}; choose with --source")
     if found:
@@ -91,7 +91,7 @@ def detect(inputs: tuple[str, ...], glob: str = "*") -> tuple[str, str]:
     return kind, WORDS[kind]
 
 
-def _kind_of_tars(paths: list[str]) -> str:
+def _kind_of_tars(paths: list[str], inputs: tuple[str, ...]) -> str:
     """By the first members of the first one: tars, images beside labels or captions, or images in folders alone."""
     if paths[0].endswith(".gz"):
         return "tars"
@@ -102,11 +102,18 @@ def _kind_of_tars(paths: list[str]) -> str:
     base = os.path.basename(paths[0]).removesuffix(".tar")
     if names and all(os.path.basename(name).startswith(f"{base}_") for name in names):
         return "imagenet"  # n01440764.tar with n01440764_10026.JPEG: one of its inner tars
-    images = [name for name in names if name.rpartition(".")[2].lower() in IMAGES]
-    alone = images == [name for name in names if "." in os.path.basename(name)] and all("/" in name for name in images)
-    if len(paths) > 1 or not images or not alone:
+    images = {name for name in names if name.rpartition(".")[2].lower() in IMAGES}
+    beside = {_key(name) for name in names if name not in images} & {_key(name) for name in images}
+    alone = not beside and all("/" in name for name in images)
+    if tuple(paths) != inputs or len(paths) > 1 or not images or not alone:
         return "tars"
     return "places365" if all(class_of("places365", os.path.dirname(name)) for name in images) else "folder"
+
+
+def _key(name: str) -> str:
+    """What WebDataset takes for the key of a member."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.partition('.')[0]}"
 
 
 def _check_there(inputs: tuple[str, ...]) -> None:

@@ -2,9 +2,10 @@
 
 python -m pipelines.shard --input imagenet/train --name imagenet
 
-The pool is a folder with an index and a manifest. WebDataset tars, the tars of ImageNet and Places365, `.npy` arrays and
-`tiny_images.bin` are adopted where they lie; image folders, Parquet and `.npz` are written to new shards. Every core works, on a cluster every node (`--address auto`;
-source and pool then lie on a disk that all nodes see). Stopped? The same command goes on where it was.
+The pool is a folder with an index and a manifest. WebDataset tars, the tars of ImageNet and Places365, `.npy` arrays
+and `tiny_images.bin` are adopted where they lie; image folders, Parquet and `.npz` are written to new shards. Every
+core works, on a cluster every node (`--address auto`; source and pool then lie on a disk that all nodes see). Stopped?
+The same command goes on where it was.
 """
 
 import os
@@ -25,6 +26,7 @@ from miner.files import place
 from miner.manifest import read_manifest
 from miner.pool import Pool, pools_folder, resolve
 from miner.recipe import Recipe
+from miner.sources import detect
 from pipelines.cli import disconnect, each, run
 
 Source = Literal["auto", "folder", "places365", "tars", "imagenet", "parquet", "npz", "npy", "tiny-images"]
@@ -35,10 +37,10 @@ class Config:
     """Make a pool of background images, or check one."""
 
     source: Source = "auto"
-    """auto: look what --input is. folder: one sub-folder a class, or a .tar of that (in place). places365: the same with
-    classes like a/abbey. tars: WebDataset or img2dataset .tar (in place) or .tar.gz (expanded into the pool). imagenet:
-    ILSVRC2012_img_train.tar (in place). parquet: of Hugging Face. npz: ImageNet32 or 64. npy: uint8 [N, H, W, 3], in
-    place. tiny-images: your copy of tiny_images.bin, in place."""
+    """auto: look what lies at --input. folder: one sub-folder a class, or a .tar of that (in place). places365: the
+    same with classes like a/abbey. tars: WebDataset or img2dataset .tar (in place) or .tar.gz (expanded into the pool).
+    imagenet: ILSVRC2012_img_train.tar (in place). parquet: Hugging Face's. npz: ImageNet32 or 64. npy: uint8
+    [N, H, W, 3], in place. tiny-images: your copy of tiny_images.bin, in place."""
     input: tuple[str, ...] = ()
     """The folder, or the files, or folders of files."""
     name: str | None = None

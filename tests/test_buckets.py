@@ -577,7 +577,11 @@ def test_google_s_scheme_is_taken() -> None:
 
 
 def test_adopting_files_into_a_url_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="only --source folder writes there"):
+    with TarWriter(tmp_path / "a.tar") as tar:
+        tar.write("1.png", png(np.zeros((8, 8, 3), np.uint8)))
+    with pytest.raises(
+        UsageError, match=r"--source tars adopts .* only image files in folders and .*parquet are written"
+    ):
         prepare(Recipe("tars", (str(tmp_path),)), "s3://bucket/pool")
 
 

@@ -16,6 +16,8 @@ from miner.images import decode, dimensions
 from miner.pool import INDEX_SCHEMA, Pool
 from miner.recipe import Recipe
 from miner.run_dir import RunDir
+from miner.source_uids import source_uids
+from miner.sources import detect
 from miner.subset import load_subset
 from miner.tars import read_samples
 from miner.weights import TABLE, ShardState, excluded_counts, load_weights
@@ -105,14 +107,18 @@ def _read_pool(path: str) -> int:
     return bad
 
 
-def _build(root: Path) -> int:
-    recipe = Recipe("tars", (str(root / "in"),))
+def _build(root: Path, source: str = "tars") -> int:
+    one = next((root / "in").glob("*.tar"), root / "in")
+    recipe = Recipe(source, (str(one if source == "places365" else root / "in"),), per_shard=4)
     out = str(root / "out")
+    detect(recipe.inputs)
     planned = prepare(recipe, out)
     for job in planned.jobs:
         run_job(out, job)
     pool = finish(recipe, out, "fuzzed", planned)
     pool.verify()
+    for shard in range(len(pool.shards)):
+        source_uids(pool, shard)
     index = pool.index(["width"])
     return sum(width == 0 for width in index["width"].to_pylist())
 
@@ -180,6 +186,10 @@ READERS: dict[str, Callable[[Path], int]] = {
     "remote-pool": _remote,
     "cache": _pool,
     "build": _build,
+    "imagenet": lambda root: _build(root, "imagenet"),
+    "places365": lambda root: _build(root, "places365"),
+    "parquet": lambda root: _build(root, "parquet"),
+    "npz": lambda root: _build(root, "npz"),
     "snapshot": _snapshot,
     "weights": _weights,
     "subset": _subset,

@@ -2,8 +2,10 @@
 
 import gzip
 import hashlib
+import io
 import json
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from miner.build import finish, prepare, run_job, write_arrays_pool
@@ -97,6 +100,48 @@ def _tars(root: Path) -> None:
     (root / "in" / "classes.json").write_text(json.dumps(CLASSES))
 
 
+def _members(images: range, folder: str) -> bytes:
+    """A tar of images as `tar` makes them."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for i in images:
+            data = png(IMAGES[i])
+            info = tarfile.TarInfo(f"{folder}{i}.JPEG")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def _imagenet(root: Path) -> None:
+    (root / "in").mkdir()
+    with tarfile.open(root / "in" / "x.tar", "w") as tar:
+        for number, name in enumerate(("n01440764", "n01443537")):
+            data = _members(range(3 * number, 3 * number + 3), f"{name}_")
+            info = tarfile.TarInfo(f"{name}.tar")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def _places(root: Path) -> None:
+    (root / "in").mkdir()
+    (root / "in" / "x.tar").write_bytes(_members(range(6), "data_256/a/abbey/"))
+
+
+def _parquet(root: Path) -> None:
+    (root / "in").mkdir()
+    features = {"image": {"_type": "Image"}, "label": {"names": CLASSES, "_type": "ClassLabel"}}
+    cells = [{"bytes": png(image), "path": f"{i}.png"} for i, image in enumerate(IMAGES)]
+    table = pa.table({"image": cells, "label": [i % 3 for i in range(6)]})
+    note = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(note), root / "in" / "train-00000-of-00001.parquet", row_group_size=4)
+
+
+def _npz(root: Path) -> None:
+    (root / "in").mkdir()
+    data = IMAGES.transpose(0, 3, 1, 2).reshape(6, -1)
+    np.savez(root / "in" / "train_data_batch_1.npz", data=data, labels=np.arange(1, 7), mean=data.mean(0))
+
+
 def _table(root: Path) -> pa.Table:
     index = write_arrays_pool(str(root / "pool"), "tiny", IMAGES, np.arange(6) % 3, CLASSES, shard_count=1).index()
     state = ShardState.fresh("hedge", 6)
@@ -151,6 +196,10 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "remote-pool": _pool,
     "cache": _cache,
     "build": _tars,
+    "imagenet": _imagenet,
+    "places365": _places,
+    "parquet": _parquet,
+    "npz": _npz,
     "snapshot": _snapshot,
     "weights": _weights,
     "subset": _subset,
