@@ -135,6 +135,7 @@ def parquet_items(job: Job, skipped: dict[str, int]) -> Iterator[Item]:
 
 def _items(job: Job, columns: Columns, rows: range, part: pa.RecordBatch, skipped: dict[str, int]) -> Iterator[Item]:
     labels = part[columns.label].to_pylist() if columns.label else [None] * len(part)
+    classes = len(columns.classes) or MAX_LABEL
     for row, image, label in zip(rows, part[columns.image].to_pylist(), labels, strict=True):
         data, path = (image or {}).get("bytes"), (image or {}).get("path")
         ext = _ext(data, path) if data else None
@@ -142,10 +143,8 @@ def _items(job: Job, columns: Columns, rows: range, part: pa.RecordBatch, skippe
             why = EMPTY if not data else LARGE if ext else OTHER
             skipped[why] = skipped.get(why, 0) + 1
             continue
-        if label is not None and label >= (len(columns.classes) or MAX_LABEL):
-            raise MinerError(
-                f"{job.path}: row {row}: label {label}, but only {len(columns.classes) or MAX_LABEL} classes"
-            )
+        if label is not None and label >= classes:
+            raise MinerError(f"{job.path}: row {row}: label {label}, but only {classes} classes")
         yield Item(job.first + row - job.start, ext, data, label if label is None or label >= 0 else None, path)
 
 

@@ -38,6 +38,7 @@ from miner.mining import Mined, mine
 from miner.pool import Pool
 from miner.recipe import Recipe
 from miner.run_dir import RunDir, write_file, write_json
+from miner.tars import TarWriter
 from miner.universal import pool_runs
 from pipelines import agree
 from pipelines.report import write_report
@@ -579,9 +580,7 @@ def test_google_s_scheme_is_taken() -> None:
 def test_adopting_files_into_a_url_is_refused(tmp_path: Path) -> None:
     with TarWriter(tmp_path / "a.tar") as tar:
         tar.write("1.png", png(np.zeros((8, 8, 3), np.uint8)))
-    with pytest.raises(
-        UsageError, match=r"--source tars adopts .* only image files in folders and .*parquet are written"
-    ):
+    with pytest.raises(UsageError, match=r"--source tars adopts .* only image files .*parquet are written"):
         prepare(Recipe("tars", (str(tmp_path),)), "s3://bucket/pool")
 
 
