@@ -248,6 +248,15 @@ class Mining:
 
 
 def mine(config: Config) -> Mined:
-    """Run the main job and return where its results are. Raises MinerError for everything a user can mend."""
+    """Run the main job and return where its results are: what ``python -m pipelines.resample`` does.
+
+    Shows its progress on stderr. Raises MinerError for everything a user can mend.
+
+    >>> from miner.config import Config, Data, Output, Selection
+    >>> config = Config(Data(pool="demo", id="demo"), selection=Selection((0.1, 0.01)), output=Output("runs/demo"))
+    >>> mined = mine(config)  # doctest: +SKIP
+    >>> mined.subsets  # doctest: +SKIP
+    [PosixPath('runs/demo/subset-0.1'), PosixPath('runs/demo/subset-0.01')]
+    """
     with Display() as display:
         return Mining(config, display).run_all()

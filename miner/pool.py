@@ -49,7 +49,16 @@ HINTS = {
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """An opened pool; ``count`` is the number of all rows, excluded ones included."""
+    """An opened pool; ``count`` is the number of all rows, excluded ones included.
+
+    >>> pool = Pool.open("pools/letters")
+    >>> pool.count, pool.classes, len(pool.shards)
+    (20, ('a', 'b'), 4)
+    >>> pool.index(["uid", "label"]).num_rows
+    20
+    >>> [data[:4] for data in pool.read(0, [0, 1])]
+    [b'\\x89PNG', b'\\x89PNG']
+    """
 
     path: str
     name: str

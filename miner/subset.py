@@ -4,17 +4,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from miner.errors import MinerError
 from miner.files import Place, atomic, open_binary, place, read_json, read_ranges, regular_size, sha256
@@ -22,6 +20,13 @@ from miner.images import whole
 from miner.pool import Pool
 from miner.run_dir import write_json
 from miner.tars import MAX_IMAGE, TarWriter
+
+if TYPE_CHECKING:
+    from torch.utils.data import ConcatDataset, Dataset
+
+    from miner.stream import SubsetStream
+else:
+    Dataset = object  # torch asks no more than __len__ and __getitem__, and takes seconds to import
 
 FORMAT = "outlier-miner/subset"
 VERSION = 1
@@ -210,11 +215,20 @@ class Subset(Dataset):
             raise MinerError(f"{where}: does not decode ({error}); export the subset again") from None
         if self.transform is not None:
             return self.transform(rgb), OUTLIER
+        import torch
+
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1), OUTLIER
 
-    def stream(self) -> "SubsetStream":
-        """The same items as an iterable dataset; DataLoader workers take turns, so that each item comes once."""
-        return SubsetStream(self)
+    def __add__(self, other: "Dataset[Any]") -> "ConcatDataset[Any]":
+        from torch.utils.data import ConcatDataset
+
+        return ConcatDataset([self, other])
+
+    def stream(self, seed: int | None = None) -> "SubsetStream":
+        """The same items as an iterable data set that can be resumed, shuffled where ``seed`` is given."""
+        from miner.stream import SubsetStream
+
+        return SubsetStream(self, seed)
 
     def verify(self) -> None:
         """Re-hash every tar, the manifest and every image; raises MinerError naming the first that differs."""
@@ -267,21 +281,13 @@ def _manifest(path: Place) -> pa.Table:
     return table
 
 
-class SubsetStream(IterableDataset):
-    """Iterable view of a ``Subset``."""
-
-    def __init__(self, subset: Subset) -> None:
-        self.subset = subset
-
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        return (self.subset[i] for i in range(first, len(self.subset), step))
-
-
 def load_subset(path: str | os.PathLike[str] | Place, transform: Transform | None = None) -> Subset:
     """Open a gamma-subset, a folder or a URL: ``subset[i]`` is (image, -1), ``subset.stream()`` iterates.
 
     ``subset.uids`` names the images. Raises MinerError for what is missing or damaged.
+
+    >>> subset = load_subset("runs/demo/subset-0.1")
+    >>> len(subset), len(subset.uids[0]), subset.encoded(0)[1:4], subset.manifest.num_rows
+    (2, 32, b'PNG', 2)
     """
     return Subset(path, transform)

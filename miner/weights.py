@@ -197,7 +197,17 @@ def read_arrow(path: Place) -> pa.Table:
 
 
 def load_weights(run: str | os.PathLike[str] | Place) -> pa.Table:
-    """The weights table of a finished run (``TABLE``), a folder or a URL; rows in (shard, row) order."""
+    """The weights table of a finished run (``TABLE``), a folder or a URL; rows in (shard, row) order.
+
+    Raises MinerError where there is none, or a damaged one.
+
+    >>> table = load_weights("runs/demo")
+    >>> heaviest = table.sort_by([("weight", "descending")]).slice(0, 2)
+    >>> heaviest["key"].to_pylist()
+    ['000000019', '000000018']
+    >>> table.filter(table["excluded_by"].is_null()).num_rows
+    20
+    """
     files: list[Place] = sorted((place(run) / "weights").glob("shard-*.arrow"), key=str)
     if not files:
         raise MinerError(f"{run}: no weights/shard-*.arrow here; finish the run first")
