@@ -32,8 +32,10 @@ MEANING = {
     "shard": "number of the shard in the pool's `pool.json`",
     "row": "row within the shard",
     "offset": "first byte of the image in its shard",
+    "source_uid": "what the source calls the image: `uid` in the KEY.json of img2dataset and DataComp, the path in an "
+    "archive; null: nothing",
     "size": "bytes of the image",
-    "ext": "`jpg`, `png`, `webp`; `raw` for records of pixels",
+    "ext": "`jpg`, `png`, `webp`; records of pixels are read as `png`",
     "label": "the pool's own class, an index into its `classes`; null: none",
     "width": "pixels; 0 where the image does not decode",
     "height": "pixels; 0 where the image does not decode",
@@ -75,10 +77,11 @@ def shown(name: str) -> str:
 def tables() -> dict[str, pa.Schema]:
     """The schemas that others may rely on, by the name of their mark in formats.md."""
     from miner.pool import INDEX_SCHEMA
+    from miner.source_uids import SCHEMA
     from miner.subset import MANIFEST
     from miner.weights import TABLE
 
-    return {"index": INDEX_SCHEMA, "weights": TABLE, "manifest": MANIFEST}
+    return {"index": INDEX_SCHEMA, "sources": SCHEMA, "weights": TABLE, "manifest": MANIFEST}
 
 
 def table(name: str, schema: pa.Schema) -> str:

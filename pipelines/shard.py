@@ -27,7 +27,7 @@ from miner.manifest import read_manifest
 from miner.pool import Pool, pools_folder, resolve
 from miner.recipe import Recipe
 from miner.sources import detect
-from pipelines.cli import disconnect, each, run
+from pipelines import cli
 
 Source = Literal["auto", "folder", "places365", "tars", "imagenet", "parquet", "npz", "npy", "tiny-images"]
 
@@ -135,7 +135,7 @@ def tracked(config: Config, function: Callable[..., int], calls: Sequence[tuple[
         from miner.rays import connect
 
         slots = connect(config.address, config.workers)
-        results = each(function, calls, config.workers or 2 * slots)
+        results = cli.each(function, calls, config.workers or 2 * slots)
     console = Console(stderr=True)
     speed = TextColumn("shards, {task.fields[images]:,} images, {task.fields[rate]:,.0f}/s")
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
@@ -146,7 +146,7 @@ def tracked(config: Config, function: Callable[..., int], calls: Sequence[tuple[
                 images += count
                 bar.update(task, advance=1, images=images, rate=images / (bar.tasks[0].elapsed or 1e-9))
     finally:
-        disconnect()
+        cli.disconnect()
 
 
 def report(pool: Pool) -> None:
@@ -158,4 +158,4 @@ def report(pool: Pool) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

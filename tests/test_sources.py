@@ -24,6 +24,7 @@ from miner.recipe import Recipe
 from miner.shards import shard_job
 from miner.source_uids import source_uids
 from miner.sources import detect, plan
+from pipelines import shard
 
 RNG = np.random.default_rng(3)
 
@@ -80,11 +81,11 @@ def img2dataset(folder: Path, digits: int, with_uid: bool) -> dict[str, bytes]:
     """Two shards as img2dataset writes them; uid -> bytes."""
     os.makedirs(folder)
     images = {}
-    for shard in range(2):
+    for number in range(2):
         rows = []
-        with webdataset.TarWriter(str(folder / f"{shard:0{digits}d}.tar")) as tar:
+        with webdataset.TarWriter(str(folder / f"{number:0{digits}d}.tar")) as tar:
             for i in range(4):
-                key, data, uid = f"{shard:0{digits}d}{i:04d}", encoded(), RNG.bytes(16).hex()
+                key, data, uid = f"{number:0{digits}d}{i:04d}", encoded(), RNG.bytes(16).hex()
                 row = {"url": "https://x/y.jpg", "caption": "a dog", "key": key, "width": 28, "height": 24}
                 row |= {"status": "success" if i < 3 else "failed_to_download", "error_message": None, "exif": "{}"}
                 rows.append(row | ({"uid": uid} if with_uid else {}))
@@ -92,8 +93,8 @@ def img2dataset(folder: Path, digits: int, with_uid: bool) -> dict[str, bytes]:
                     note = json.dumps(rows[-1], indent=4)
                     tar.write({"__key__": key, "jpg": data, "txt": "a dog", "json": note.encode()})
                     images[uid] = data
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{shard:0{digits}d}.parquet")
-        (folder / f"{shard:0{digits}d}_stats.json").write_text('{"count": 4, "successes": 3}')
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{number:0{digits}d}.parquet")
+        (folder / f"{number:0{digits}d}_stats.json").write_text('{"count": 4, "successes": 3}')
     return images
 
 
@@ -424,6 +425,44 @@ def test_batches_that_are_not_downsampled_imagenets_are_refused(
         with pytest.raises(MinerError, match=rf"{name}\.npz: .*{text}"):
             make(Recipe("npz", (f"{name}.npz",)), tmp_path / f"pool-{name}")
     assert not (tmp_path / "unpickled").exists()
+
+
+# --- what all of them share ---
+
+
+@pytest.mark.parametrize("source", ["parquet", "npz", "imagenet", "places365"])
+def test_a_stopped_conversion_goes_on_to_the_same_bytes(tmp_path: Path, source: str) -> None:
+    if source == "parquet":
+        parquet(path := tmp_path / "a.parquet", [encoded() for _ in range(7)], ["x"], [0] * 7)
+    elif source == "npz":
+        path = tmp_path / "train_data_batch_1.npz"
+        np.savez(path, data=RNG.integers(0, 256, (7, 192), np.uint8), labels=np.ones(7, int))
+    else:
+        path = tmp_path / "x.tar"
+        path.write_bytes(packed(imagenet()) if source == "imagenet" else tar_of(places("data_256")))
+    recipe, folder = Recipe(source, (str(path),), per_shard=3), tmp_path / "pool"
+    make(recipe, folder)
+    whole = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    kept = (folder / "shards" / "000000.parquet").stat().st_ino
+    (folder / "shards" / "000001.json").unlink()
+    for name in set(whole) & {"000001.tar", "000001.npy"}:
+        (folder / name).write_bytes(b"half a shard")
+    for name in ("index.parquet", "pool.json"):
+        (folder / name).unlink()
+    make(recipe, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == whole
+    assert (folder / "shards" / "000000.parquet").stat().st_ino == kept
+
+
+def test_the_command_finds_the_source_and_says_what_it_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet", [encoded(), None], ["x"], [0, 0])
+    shard.make(shard.Config(input=(str(tmp_path / "hub"),), out=str(tmp_path / "pool"), workers=1))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "found Hugging Face Parquet files: --source parquet"
+    assert "skipped 1: without bytes" in said
+    assert "1 images in 1 shards, 1 classes" in "\n".join(said)
 
 
 # --- what lies there ---
