@@ -86,6 +86,8 @@ def detect(inputs: tuple[str, ...], glob: str = "*") -> tuple[str, str]:
     if not os.path.isdir(first):
         raise UsageError(f"{first}: neither a folder nor .tar, .parquet, .npz, .npy or tiny_images.bin; see --source")
     folders = [name for name in os.listdir(first) if os.path.isdir(os.path.join(first, name))]
+    if not folders and not any(name.rpartition(".")[2].lower() in IMAGES for name in os.listdir(first)):
+        raise UsageError(f"{first}: nothing in it that makes a pool (--glob {glob!r}); see --source")
     letters = bool(folders) and all(len(name) == 1 and name.isalpha() for name in folders)
     kind = "places365" if letters else "folder"
     return kind, WORDS[kind]

@@ -479,6 +479,8 @@ def test_what_lies_there_is_found_or_asked_for(tmp_path: Path) -> None:
     assert detect((str(tmp_path / "tiny"),))[0] == "tiny-images"
     with pytest.raises(UsageError, match=r"x\.bin: neither a folder nor"):
         detect((str(tmp_path / "odd" / "x.bin"),))
+    with pytest.raises(UsageError, match=r"mixed: nothing in it that makes a pool \(--glob 'train-\*'\)"):
+        detect((str(tmp_path / "mixed"),), "train-*")
     with pytest.raises(MinerError, match="nowhere: no such file"):
         detect((str(tmp_path / "nowhere"),))
     with pytest.raises(UsageError, match="--input"):
