@@ -69,8 +69,8 @@ def card(recipe: dict[str, Any], rows: pa.Table, style: str, title: str) -> str:
         "```",
         "",
         "`manifest.parquet` has a row an image, in rank order: uid (BLAKE2b-128 of its bytes in the pool), SHA-256,",
-        "the pool's own class (`label`), weight, rank, nearest ID image. `subset.json` has the settings that chose them",
-        "and the SHA-256 of the tars; `croissant.json` says the same in Croissant 1.1.",
+        "the pool's own class (`label`), weight, rank, nearest ID image. `subset.json` has the settings that chose",
+        "them and the SHA-256 of the tars; `croissant.json` says the same in Croissant 1.1.",
         "Whoever has the pool makes the tars from these two files, byte for byte:",
         "`python -m pipelines.export --rehydrate FOLDER --pool NAME`.",
     ]

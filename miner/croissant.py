@@ -14,8 +14,8 @@ from miner.formats import File
 CONFORMS = "http://mlcommons.org/croissant/1.1"
 # Terms of Croissant, as the specification's own context has them.
 TERMS = """annotation arrayShape citeAs column containedIn equivalentProperty excludes extract field fileProperty
-fileObject fileSet format includes isArray isLiveDataset jsonPath key md5 parentField path readLines recordSet references
-regex repeated replace samplingRate sdVersion separator source subField transform unArchive value"""
+fileObject fileSet format includes isArray isLiveDataset jsonPath key md5 parentField path readLines recordSet
+references regex repeated replace samplingRate sdVersion separator source subField transform unArchive value"""
 CONTEXT: dict[str, Any] = {
     "@language": "en",
     "@vocab": "https://schema.org/",
