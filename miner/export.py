@@ -8,7 +8,6 @@ import contextlib
 import csv
 import io
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from miner.errors import MinerError, UsageError
 from miner.files import CHUNK, Place, atomic, open_binary
 from miner.formats import File, recorded, write_datacomp, write_imglist, write_npy, write_parquet, write_tars
 from miner.pool import Pool
+from miner.progress import Display
 from miner.rehydrate import PoolImages, find
 from miner.run_dir import write_file, write_json
 from miner.subset import Subset, fingerprint
@@ -59,7 +59,7 @@ def export(
     pool: Pool | None = None,
     removed: frozenset[str] = frozenset(),
     allow_missing: bool = False,
-    advance: Callable[[int], None] = lambda images: None,
+    display: Display | None = None,
 ) -> Export:
     """Write ``subset`` to the folder or URL ``out`` in format ``style``; an earlier export there is replaced.
 
@@ -73,12 +73,19 @@ def export(
     asked = rows.filter(pa.array(~gone))
     if not len(asked):
         raise MinerError(f"{subset.path}: nothing is left of its {len(rows)} images; there is nothing to export")
-    read = PoolImages(pool, find(pool, asked["uid"])) if pool else TarImages(subset, asked) if style in PIXELS else None
+    display = display or Display()
+    read: PoolImages | TarImages | None = None
+    if pool is not None:
+        display.phase("look up", pool.count)
+        read = PoolImages(pool, find(pool, asked["uid"], display.advance))
+    elif style in PIXELS:
+        read = TarImages(subset, asked)
     prepare(out, subset.path)
     lost = read.missing() if isinstance(read, PoolImages) else {}
     files: list[File] = []
     if read is not None and style in PIXELS and (allow_missing or not lost):
-        stream = Stream(asked, read, advance)
+        display.phase(style, len(asked))
+        stream = Stream(asked, read, display.advance)
         files = _pixels(stream, style, out, size)
         lost = stream.lost
     if lost:

@@ -5,10 +5,12 @@ No name of a file comes out of the manifest but a uid, which is 32 hex character
 
 import io
 import json
+import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -16,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from miner.blocks import Block
-from miner.errors import MinerError
+from miner.errors import MinerError, disk_full
 from miner.files import Place, atomic, file_size, sha256
 from miner.images import decode
 from miner.rehydrate import raw_uids
+from miner.run_dir import write_file
 from miner.subset import OUTLIER, write_sample
 from miner.tars import TarWriter
 
@@ -89,12 +92,23 @@ def write_imglist(folder: Place, blocks: Iterable[Block]) -> list[File]:
         under = f"images/{block.tar.removeprefix('outliers-').removesuffix('.tar')}"
         (folder / under).mkdir(parents=True, exist_ok=True)
         for row, data in zip(block.rows.to_pylist(), block.images, strict=True):
-            with atomic(folder / under / image_name(row)) as sink:
-                sink.write(data)
+            _write(folder / under / image_name(row), data)
             lines.write(f"{under}/{image_name(row)} {OUTLIER}\n")
+    os.sync()  # once for all images: to wait for the disk after each takes ten times as long
     with atomic(folder / "imglist.txt") as sink:
         sink.write(lines.getvalue().encode())
     return [recorded(folder, "imglist.txt")]
+
+
+def _write(path: Place, data: bytes) -> None:
+    """Write a file of which nobody knows before imglist.txt is there. Raises MinerError when the disk is full."""
+    if not isinstance(path, Path):
+        write_file(path, data)
+        return
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise disk_full(error, path) or error from error
 
 
 def write_npy(folder: Place, blocks: Iterable[Block], size: int, count: int) -> list[File]:

@@ -1,5 +1,7 @@
 """The images of a subset out of a pool, however that is sharded and ordered by now: uids decide, not places."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 
@@ -14,7 +16,7 @@ def raw_uids(uids: pa.ChunkedArray) -> np.ndarray:
     return np.frombuffer(bytes.fromhex("".join(uids.to_pylist())), "S16")
 
 
-def find(pool: Pool, uids: pa.ChunkedArray) -> np.ndarray:
+def find(pool: Pool, uids: pa.ChunkedArray, advance: Callable[[int], None] = lambda images: None) -> np.ndarray:
     """Shard and row of each of these uids in ``pool``, int64 ``[n, 2]``; -1 where the pool has none.
 
     Reads the index's column of uids once, shard by shard. Of images that the pool holds twice the first counts.
@@ -31,6 +33,7 @@ def find(pool: Pool, uids: pa.ChunkedArray) -> np.ndarray:
         rows = np.flatnonzero(rising[at] == have)[::-1]  # backwards: of equal ones the first is written last
         new = rows[found[order[at[rows]], 0] < 0]
         found[order[at[new]]] = np.stack([np.full(len(new), shard), new], axis=1)
+        advance(len(have))
     return found
 
 

@@ -67,7 +67,7 @@ def main() -> None:
 
 def make(config: Config) -> "Export":
     """Export as ``config`` says. Raises MinerError or UsageError."""
-    from miner.export import PIXELS, export
+    from miner.export import export
     from miner.pool import Pool, resolve
     from miner.progress import Display
     from miner.subset import Subset
@@ -77,7 +77,6 @@ def make(config: Config) -> "Export":
     pool = Pool.open(resolve(config.pool)) if config.pool else None
     out = place(config.out) if config.out else default_out(subset, config.format)
     with Display() as display:
-        display.phase(config.format, len(subset) if config.format in PIXELS else 0)
         return export(
             subset,
             config.format,
@@ -86,7 +85,7 @@ def make(config: Config) -> "Export":
             pool=pool,
             removed=removed,
             allow_missing=config.allow_missing,
-            advance=display.advance,
+            display=display,
         )
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,6 @@ from miner import subset as subsets
 from miner.export import Format, export
 from miner.pool import uid_of
 from miner.subset import Subset, load_subset
-from pipelines.setup import installer
 from tests import exported
 from tests.exported import CHOSEN, PIXELS, SIDE
 
@@ -110,8 +110,9 @@ def test_webdataset_reads_the_tars(
     """Most users are on 0.2.86; it cannot be installed beside a newer one, so it gets a folder of its own."""
     old = version == "0.2.86"
     if old:
-        words = [*installer(), "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
-        subprocess.run([*words, "--python", sys.executable, f"webdataset=={version}"], check=True)
+        uv = [shutil.which("uv") or sys.executable, *(() if shutil.which("uv") else ("-m", "uv"))]
+        words = [*uv, "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), "--python", sys.executable]
+        subprocess.run([*words, f"webdataset=={version}"], check=True)
     with webdataset_from(tmp_path if old else None) as webdataset:
         assert webdataset.__version__.startswith(version)
         assert str(webdataset.__file__).startswith(str(tmp_path)) == old

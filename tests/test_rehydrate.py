@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -248,6 +249,29 @@ def test_a_killed_export_leaves_no_subset_and_is_done_again(
         "manifest.parquet",
         "subset.json",
     ]
+
+
+@pytest.mark.parametrize("style", ["webdataset", "imglist", "npy", "parquet"])
+def test_a_full_disk_is_one_line_and_leaves_no_subset(style: str, subset: Subset, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(MinerError, match="disk full"):
+            export(subset, style, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out" / "subset.json").exists()
+    export(subset, style, tmp_path / "out")
+    assert (tmp_path / "out" / "subset.json").exists()
+
+
+def test_a_tar_that_changed_is_noticed(subset: Subset, tmp_path: Path) -> None:
+    shutil.copytree(str(subset.path), tmp_path / "in")
+    with open(tmp_path / "in" / "outliers-000001.tar", "r+b") as file:
+        file.seek(subset.manifest["tar_offset"][9].as_py() + 60)
+        file.write(b"?")
+    with pytest.raises(MinerError, match=rf"1 of 20 images, the first {subset.uids[9]}: other bytes than the manifest"):
+        export(load_subset(tmp_path / "in"), "npy", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
