@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from miner.croissant import count
 from miner.formats import FEATURES
 
 # What the viewer shows and load_dataset loads; where images are no files of the export, its manifest.
@@ -45,7 +46,7 @@ def card(recipe: dict[str, Any], rows: pa.Table, style: str, title: str) -> str:
         "drawn by": recipe.get("draw"),
         "run": recipe.get("run_id"),
         "subset fingerprint": recipe["fingerprint"],
-        "images taken out later": recipe.get("removed", 0),
+        "images taken out later": count(recipe.get("removed")),
     }
     table = [f"| {name} | {_cell(value)} |" for name, value in facts.items() if value is not None]
     lines = [

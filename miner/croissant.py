@@ -5,6 +5,7 @@ Checked with the mlcroissant package. It has no date, creator or web page: whoev
 
 import re
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -51,31 +52,35 @@ COLUMNS = {
 
 def croissant(recipe: dict[str, Any], rows: pa.Table, style: str, files: list[File], title: str) -> dict[str, Any]:
     """The JSON-LD of an export in format ``style``; ``files`` are its files, manifest.parquet among them."""
-    pool = recipe.get("pool", {})
-    about = {key: value for key, value in recipe.items() if key not in ("tars", "classes", "settings", "pool")}
+    pool = recipe["pool"] if isinstance(recipe.get("pool"), dict) else {}
+    about = [f"{key} {recipe[key]}" for key in ("gamma", "n", "draw", "run_id", "removed") if key in recipe]
     return {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
-        "@id": f"urn:outlier-miner:subset:{recipe['fingerprint']}",
+        "@id": f"urn:outlier-miner:subset:{quote(recipe['fingerprint'])}",
         "name": re.sub("[^A-Za-z0-9._-]+", "-", title),
         "conformsTo": CONFORMS,
         "description": f"{recipe['count']} background (outlier) images chosen from the pool {pool.get('name')}.",
-        "license": pool.get("licence") or "unknown: ask whoever has the pool",
-        "version": f"{1 + recipe.get('removed', 0)}.0.0",
+        "license": str(pool.get("licence") or "unknown: ask whoever has the pool"),
+        "version": f"{1 + count(recipe.get('removed'))}.0.0",
         "prov:wasDerivedFrom": {
-            "@id": f"urn:outlier-miner:pool:{pool.get('fingerprint')}",
+            "@id": f"urn:outlier-miner:pool:{quote(str(pool.get('fingerprint')))}",
             "@type": "prov:Entity",
             "prov:label": str(pool.get("name")),
         },
         "prov:wasGeneratedBy": {
-            "@id": f"urn:outlier-miner:run:{recipe.get('run_id')}",
+            "@id": f"urn:outlier-miner:run:{quote(str(recipe.get('run_id')))}",
             "@type": "prov:Activity",
-            "prov:label": "Background data resampling by outlier-miner: "
-            + ", ".join(f"{key} {value}" for key, value in about.items() if isinstance(value, str | int | float)),
+            "prov:label": f"Background data resampling by outlier-miner: {', '.join(about)}",
         },
         "distribution": [*map(_file, files), *_file_sets(style, rows, files)],
         "recordSet": [_manifest(), *_images(style)],
     }
+
+
+def count(value: Any) -> int:
+    """A number of images out of subset.json; 0 for what is none."""
+    return value if isinstance(value, int) else 0
 
 
 def _file(file: File) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from miner.blocks import Stream, TarImages, checked_rows, layout, spans, without
 from miner.buckets import BucketPath, check_writable
 from miner.card import card
-from miner.croissant import croissant
+from miner.croissant import count, croissant
 from miner.errors import MinerError, UsageError
 from miner.files import CHUNK, Place, atomic, open_binary
 from miner.formats import File, recorded, write_datacomp, write_imglist, write_npy, write_parquet, write_tars
@@ -170,12 +170,12 @@ def _finish(
     recipe = old | {"tars": _tars(old, rows, hashes, subset.path), "manifest_sha256": manifest.sha256}
     if changed:
         recipe |= {"count": len(rows), "fingerprint": fingerprint(rows["uid"])}
-        recipe["removed"] = _count(old.get("removed")) + int(gone.sum())
+        recipe["removed"] = count(old.get("removed")) + int(gone.sum())
         recipe.pop("classes", None)  # counted images that are no longer there
     if style in ("webdataset", "manifest"):
         write_json(out / "sizes.json", {tar["name"]: tar["count"] for tar in recipe["tars"]})
-    named = [recipe.get(part, {}).get("name") for part in ("pool", "id") if isinstance(recipe.get(part, {}), dict)]
-    title = " ".join(str(word) for word in (*named, "gamma", recipe.get("gamma")) if word is not None)
+    pool, ident = (value if isinstance(value, dict) else {} for value in (recipe.get("pool"), recipe.get("id")))
+    title = f"Outliers from {pool.get('name')} for {ident.get('name')}, gamma {recipe.get('gamma')}"
     write_json(out / "croissant.json", croissant(recipe, rows, style, [*files, manifest], title))
     write_file(out / "README.md", card(recipe, rows, style, title).encode())
     write_json(out / "subset.json", recipe)
@@ -197,7 +197,3 @@ def _tars(old: dict[str, Any], rows: pa.Table, hashes: dict[str, str], where: Pl
         sha = hashes.get(name, known)
         tars.append({"name": name, "count": stop - start, "bytes": sizes[name], "sha256": sha})
     return tars
-
-
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) else 0

@@ -19,7 +19,7 @@ def raw_uids(uids: pa.ChunkedArray) -> np.ndarray:
 def find(pool: Pool, uids: pa.ChunkedArray, advance: Callable[[int], None] = lambda images: None) -> np.ndarray:
     """Shard and row of each of these uids in ``pool``, int64 ``[n, 2]``; -1 where the pool has none.
 
-    Reads the index's column of uids once, shard by shard. Of images that the pool holds twice the first counts.
+    Reads the index's column of uids once, shard by shard. Of an image that the pool holds twice the last place counts.
     """
     wanted = raw_uids(uids)
     order = np.argsort(wanted, kind="stable")
@@ -30,9 +30,8 @@ def find(pool: Pool, uids: pa.ChunkedArray, advance: Callable[[int], None] = lam
     for shard, part in enumerate(pool.index_parts(["uid"])):
         have = raw_uids(part["uid"])
         at = np.minimum(np.searchsorted(rising, have), len(rising) - 1)
-        rows = np.flatnonzero(rising[at] == have)[::-1]  # backwards: of equal ones the first is written last
-        new = rows[found[order[at[rows]], 0] < 0]
-        found[order[at[new]]] = np.stack([np.full(len(new), shard), new], axis=1)
+        rows = np.flatnonzero(rising[at] == have)
+        found[order[at[rows]]] = np.stack([np.full(len(rows), shard), rows], axis=1)
         advance(len(have))
     return found
 

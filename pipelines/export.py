@@ -96,12 +96,15 @@ def find_subset(source: str, gamma: float | None) -> Place:
         path = path.parent
     if (path / "subset.json").exists():
         return path
-    found = {path.parent.name: path.parent for path in path.glob("subset-*/subset.json")}
+    files: list[Place] = sorted(path.glob("subset-*/subset.json"), key=str)
+    found = {file.parent.name: file.parent for file in files}
     if not found:
         raise MinerError(f"{path}: neither a subset (no subset.json) nor a run that has some; finish the run first")
-    name = f"subset-{gamma:g}" if gamma is not None else next(iter(found))
+    first = next(iter(found))
+    name = f"subset-{gamma:g}" if gamma is not None else first
     if name not in found or (gamma is None and len(found) > 1):
-        raise UsageError(f"{path}: has {', '.join(sorted(found))}; say which: --gamma {name.removeprefix('subset-')}")
+        told = f"has {', '.join(found)}; say which, e.g. --gamma {first.removeprefix('subset-')}"
+        raise UsageError(f"{path}: {told}; pipelines.resample cuts others from the same run")
     return found[name]
 
 
