@@ -127,8 +127,10 @@ def report(config: Config, done: "Export") -> None:
     """Print what was written, what was left out, and how to read it."""
     from miner.card import reader
 
-    size = sum(file.bytes for file in done.files)
-    print(f"{config.format}: {done.folder}, {len(done.rows):,} images, {size:,} bytes in {len(done.files):,} files")
+    sizes = [file.bytes for file in done.files]
+    if config.format == "imglist":
+        sizes += done.rows["tar_size"].to_pylist()
+    print(f"{config.format}: {done.folder}, {len(done.rows):,} images, {sum(sizes):,} bytes in {len(sizes):,} files")
     if config.remove:
         print(f"removed: {done.removed:,} images that {config.remove} names")
     if done.lost:
