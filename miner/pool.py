@@ -123,15 +123,28 @@ class Pool:
         Raises MinerError when the shard ends before an image does, and when one is not what its uid says: a pool
         made elsewhere cannot pass off another file's bytes as an image.
         """
+        images = []
+        for row, data in zip(rows, self.read_unchanged(shard, rows), strict=True):
+            if data is None:
+                path = self.shards[shard].path
+                raise MinerError(f"{path}: image {row} changed since the pool was made; restore this file")
+            images.append(data)
+        return images
+
+    def read_unchanged(self, shard: int, rows: Sequence[int]) -> list[bytes | None]:
+        """The same, with None for each image that is not what its uid says."""
         entry, extents = self.shards[shard], self._ranges(shard)
         found = read_ranges(entry.path, [(int(a), int(b)) for a, b in extents[np.asarray(rows, int)]])
         uids = self._uids[shard]
+        images: list[bytes | None] = []
         for row, data in zip(rows, found, strict=True):
             if hashlib.blake2b(data, digest_size=16).digest() != uids[row].tobytes():
-                raise MinerError(f"{entry.path}: image {row} changed since the pool was made; restore this file")
-        return (
-            found if entry.kind == "tar" else [png(_pixels(entry, np.frombuffer(data, np.uint8))[0]) for data in found]
-        )
+                images.append(None)
+            elif entry.kind == "tar":
+                images.append(data)
+            else:
+                images.append(png(_pixels(entry, np.frombuffer(data, np.uint8))[0]))
+        return images
 
     def records(self, shard: int) -> np.ndarray:
         """Read-only uint8 [n, H, W, 3] of a raw shard: a view into the file when it is local."""

@@ -32,6 +32,7 @@ FORMAT = "outlier-miner/subset"
 VERSION = 1
 PER_TAR = 10_000
 Transform = Callable[[Image.Image], Any]
+NO_TARS = "missing; export the subset again, or get its images from the pool: python -m pipelines.export --rehydrate"
 OUTLIER = -1  # the label that OpenOOD and pytorch-ood give to outliers
 
 MANIFEST = pa.schema(
@@ -85,7 +86,7 @@ def write_subset(
         "format": FORMAT,
         "version": VERSION,
         "count": len(manifest),
-        "fingerprint": _fingerprint(manifest["uid"]),
+        "fingerprint": fingerprint(manifest["uid"]),
         **recipe,
         "tars": tars,
         "manifest_sha256": sha256(folder / "manifest.parquet"),
@@ -94,8 +95,8 @@ def write_subset(
     return content
 
 
-def _fingerprint(uids: pa.ChunkedArray) -> str:
-    """BLAKE2b-128 of the sorted uids."""
+def fingerprint(uids: pa.ChunkedArray) -> str:
+    """BLAKE2b-128 of the sorted uids, 32 hex characters: names the choice of images, not how they are stored."""
     digest, rising = hashlib.blake2b(digest_size=16), uids.take(pc.sort_indices(uids))
     for start in range(0, len(rising), PER_TAR):
         digest.update("".join(rising.slice(start, PER_TAR).to_pylist()).encode())
@@ -149,10 +150,7 @@ def _fill(
     rows = []
     for i, (record, data) in enumerate(zip(chosen.to_pylist(), images, strict=True)):
         ext = places["ext"][i]
-        offset = tar.write(f"{record['key']}.{ext}", data)
-        if record["label"] is not None:
-            tar.write(f"{record['key']}.cls", str(record["label"]).encode())
-        tar.write(f"{record['key']}.json", json.dumps({"uid": record["uid"]}).encode())
+        offset = write_sample(tar, record | {"ext": ext}, data)
         rows.append(
             {field: record[field] for field in MANIFEST.names if field in record}
             | {
@@ -167,6 +165,15 @@ def _fill(
             }
         )
     return rows
+
+
+def write_sample(tar: TarWriter, row: dict[str, Any], data: bytes) -> int:
+    """Append one image as subsets hold it: its bytes, its class if it has one, its uid; the offset of its bytes."""
+    offset = tar.write(f"{row['key']}.{row['ext']}", data)
+    if row["label"] is not None:
+        tar.write(f"{row['key']}.cls", str(row["label"]).encode())
+    tar.write(f"{row['key']}.json", json.dumps({"uid": row["uid"]}).encode())
+    return offset
 
 
 class Subset(Dataset):
@@ -201,7 +208,7 @@ class Subset(Dataset):
         """The image's bytes as they stood in the pool."""
         path, (offset, size) = self.path / self._tar[i], self._extent[i]
         if isinstance(path, Path) and not path.exists():
-            raise MinerError(f"{path}: missing; export the subset again")
+            raise MinerError(f"{path}: {NO_TARS}")
         end = regular_size(path) if isinstance(path, Path) else 2**63  # reading at a URL tells where it ends
         if offset < 0 or not 0 <= size <= MAX_IMAGE or offset + size > end:
             raise MinerError(f"{path}: no image of {size} bytes at byte {offset} of it; export the subset again")
@@ -234,8 +241,8 @@ class Subset(Dataset):
         """Re-hash every tar, the manifest and every image; raises MinerError naming the first that differs."""
         for tar in self.recipe["tars"]:
             if not (self.path / tar["name"]).exists():
-                raise MinerError(f"{self.path / tar['name']}: missing; export the subset again")
-            if sha256(self.path / tar["name"]) != tar["sha256"]:
+                raise MinerError(f"{self.path / tar['name']}: {NO_TARS}")
+            if tar["sha256"] and sha256(self.path / tar["name"]) != tar["sha256"]:  # none: never written as it is now
                 raise MinerError(f"{self.path / tar['name']}: its bytes changed since it was written; export it again")
         if sha256(self.path / "manifest.parquet") != self.recipe["manifest_sha256"]:
             raise MinerError(f"{self.path}/manifest.parquet: its bytes changed since it was written; export it again")
@@ -258,7 +265,7 @@ def _recipe(path: Place) -> dict[str, Any]:
         and isinstance(settings, dict)
         and isinstance(settings.get("game", {}), dict)
         and isinstance(tars, list)
-        and all(isinstance(tar, dict) and isinstance(tar.get("sha256"), str) for tar in tars)
+        and all(isinstance(tar, dict) and isinstance(tar.get("sha256", 0), str | None) for tar in tars)
         and all(re.fullmatch(r"outliers-[0-9]{6}\.tar", str(tar.get("name"))) for tar in tars)
     )
     if not sound:
