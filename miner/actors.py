@@ -282,11 +282,7 @@ class PoolShards:
     def ranking_columns(self, shard: int) -> dict[str, np.ndarray]:
         """What the driver ranks by: outcome weights, eligibility and strata."""
         state = self.state[shard]
-        return {
-            "weight": state.outcome(),
-            "eligible": state.eligible,
-            "stratum": state["stratum"],
-        }
+        return {"weight": state.outcome(), "eligible": state.eligible, "stratum": state["stratum"]}
 
     def write_table(self, shard: int, folder: str, scale: float, rank: np.ndarray, metadata: dict[str, str]) -> None:
         """Write one shard of the final weights table under ``folder``."""
