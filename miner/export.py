@@ -27,6 +27,7 @@ from miner.pool import Pool
 from miner.progress import Display
 from miner.rehydrate import PoolImages, find
 from miner.run_dir import write_file, write_json
+from miner.source_uids import named_by_source
 from miner.subset import Subset, fingerprint
 
 Format = Literal["webdataset", "manifest", "imglist", "npy", "datacomp", "parquet"]
@@ -63,10 +64,11 @@ def export(
 ) -> Export:
     """Write ``subset`` to the folder or URL ``out`` in format ``style``; an earlier export there is replaced.
 
-    Images come from the subset's tars, or by uid from ``pool``. ``removed``: uids to leave out. ``size``: pixels a
-    side in ``npy``. What the pool does not have, or has with other bytes, goes to ``out``/missing.csv and ends the
-    export with a MinerError, unless ``allow_missing`` makes it the subset of the rest. MinerError too for a damaged
-    subset, a full disk, and an ``out`` that holds something else; UsageError for ``out`` being the subset itself.
+    Images come from the subset's tars, or by uid from ``pool``; ``datacomp`` takes from it what its source calls them.
+    ``removed``: uids to leave out. ``size``: pixels a side in ``npy``. What the pool does not have, or has with other
+    bytes, goes to ``out``/missing.csv and ends the export with a MinerError, unless ``allow_missing`` makes it the
+    subset of the rest. MinerError too for a damaged subset, a full disk, and an ``out`` that holds something else;
+    UsageError for ``out`` being the subset itself.
     """
     rows = checked_rows(subset)
     gone = np.isin(np.array(rows["uid"].to_pylist(), object), list(removed)) if removed else np.zeros(len(rows), bool)
@@ -75,7 +77,7 @@ def export(
         raise MinerError(f"{subset.path}: nothing is left of its {len(rows)} images; there is nothing to export")
     display = display or Display()
     read: PoolImages | TarImages | None = None
-    if pool is not None:
+    if pool is not None and style != "datacomp":
         display.phase("look up", pool.count)
         read = PoolImages(pool, find(pool, asked["uid"], display.advance))
     elif style in PIXELS:
@@ -92,7 +94,8 @@ def export(
         _list_missing(asked, lost, out, allow_missing)
         gone[np.flatnonzero(~gone)[list(lost)]] = True
     if style == "datacomp":
-        files = write_datacomp(out, rows.filter(pa.array(~gone))["uid"])
+        uids = rows.filter(pa.array(~gone))["uid"]
+        files = write_datacomp(out, uids if pool is None else named_by_source(pool, uids))
     return _finish(subset, style, out, rows, gone, files, len(lost))
 
 

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from miner.blocks import Block
@@ -139,7 +140,13 @@ def _header(sink: BinaryIO, shape: tuple[int, ...]) -> None:
 
 
 def write_datacomp(folder: Place, uids: pa.ChunkedArray) -> list[File]:
-    """``uids.npy``, dtype ``u8,u8`` ``[n]``: upper and lower half of each uid, rising, as DataComp's resharder asks."""
+    """``uids.npy``, dtype ``u8,u8`` ``[n]``: upper and lower half of each uid, rising, as DataComp's resharder asks.
+
+    Raises MinerError for a uid that is not 32 hex characters.
+    """
+    strange = uids.filter(pc.invert(pc.match_substring_regex(uids, "^[0-9a-f]{32}$")))
+    if len(strange):
+        raise MinerError(f"{strange[0].as_py()!r} is no uid of DataComp's: 32 hex characters")
     halves = np.sort(raw_uids(uids)).view(">u8").reshape(-1, 2)
     pairs = np.empty(len(halves), "<u8,<u8")
     pairs["f0"], pairs["f1"] = halves.T

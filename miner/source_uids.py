@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from miner.errors import MinerError
@@ -70,3 +71,23 @@ def source_uids(pool: Pool, shard: int) -> pa.ChunkedArray | None:
     if not table.schema.equals(SCHEMA) or not table["uid"].equals(pool.shard_index(shard, ["uid"])["uid"]):
         raise MinerError(f"{path}: not the names of this pool's images; make the pool again")
     return table[COLUMN.name]
+
+
+def named_by_source(pool: Pool, uids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """What the source calls the images with these uids, in their order. MinerError when it has no name for one."""
+    rows = {uid: row for row, uid in enumerate(uids.to_pylist())}
+    names: list[str | None] = [None] * len(uids)
+    for shard in range(len(pool.shards)):
+        found = source_uids(pool, shard)
+        if found is None:
+            raise MinerError(f"{pool.path}: its source had no uids of its own; leave --pool out")
+        known = pool.shard_index(shard, ["uid"])["uid"]
+        wanted = pc.is_in(known, uids.combine_chunks())
+        for uid, name in zip(known.filter(wanted).to_pylist(), found.filter(wanted).to_pylist(), strict=True):
+            names[rows[uid]] = names[rows[uid]] or name
+    lacking = names.count(None)
+    if lacking:
+        raise MinerError(
+            f"{pool.path}: no uid of its source for {lacking} of {len(names)} images; is it the right pool?"
+        )
+    return pa.chunked_array([names])

@@ -49,7 +49,8 @@ class Config:
     rehydrate: str | None = None
     """Instead of a source with tars: a subset of which only the manifest is here. Its images come from --pool."""
     pool: str | None = None
-    """Pool to rehydrate from: name, folder or URL, as in pipelines.resample."""
+    """Pool to rehydrate from: name, folder or URL, as in pipelines.resample. datacomp: images are then named as this
+    pool's source names them, by the `uid` of img2dataset and CommonPool, so that its own shards can be resharded."""
     allow_missing: bool = False
     """Rehydrate: leave out what the pool does not have, and say so, instead of ending without an export."""
 
@@ -58,8 +59,10 @@ def main() -> None:
     config = tyro.cli(Config, prog="python -m pipelines.export", description=__doc__)
     if bool(config.source) == bool(config.rehydrate):
         raise UsageError("give a run or a subset, or --rehydrate with one; not both; see --help")
-    if bool(config.pool) != bool(config.rehydrate):
+    if config.rehydrate and not config.pool:
         raise UsageError("--rehydrate and --pool go together: the images come from the pool")
+    if config.pool and not config.rehydrate and config.format != "datacomp":
+        raise UsageError("--pool is for --rehydrate, or for --format datacomp")
     if config.size < 1:
         raise UsageError(f"--size {config.size}: at least 1")
     report(config, make(config))

@@ -18,6 +18,7 @@ from PIL import Image
 from miner import cache
 from miner.build import finish, prepare, run_job
 from miner.errors import MinerError, UsageError
+from miner.export import export
 from miner.images import png
 from miner.pool import Pool, uid_of
 from miner.recipe import Recipe
@@ -25,6 +26,7 @@ from miner.shards import shard_job
 from miner.source_uids import source_uids
 from miner.sources import detect, plan
 from pipelines import shard
+from tests import exported
 
 RNG = np.random.default_rng(3)
 
@@ -109,6 +111,23 @@ def test_img2dataset_shards_stay_and_their_uids_are_kept(tmp_path: Path, digits:
     assert pool.index(["label"])["label"].null_count == 6
     assert [shard.path for shard in pool.shards] == [str(tmp_path / "shards" / f"{i:0{digits}d}.tar") for i in (0, 1)]
     assert sorted(os.listdir(pool.path)) == ["index.parquet", "pool.json", "shards", "sources.parquet"]
+
+
+def test_a_datacomp_list_can_name_images_as_their_source_does(tmp_path: Path) -> None:
+    """CommonPool's own uids, by which DataComp's resharder picks from CommonPool's own shards."""
+    images = img2dataset(tmp_path / "shards", 8, True)
+    pool = make(found(tmp_path / "shards"), tmp_path / "pool")
+    subset = exported.write_chosen(pool, tmp_path / "subset", [4, 0, 5])
+    export(subset, "datacomp", tmp_path / "list", pool=pool)
+    pairs = np.load(tmp_path / "list" / "uids.npy", mmap_mode="r")
+    wanted = sorted(list(images)[row] for row in (4, 0, 5))
+    assert [f"{high:016x}{low:016x}" for high, low in pairs.tolist()] == wanted
+    img2dataset(tmp_path / "unnamed", 8, False)
+    with pytest.raises(MinerError, match="had no uids of its own"):
+        export(subset, "datacomp", tmp_path / "none", pool=make(found(tmp_path / "unnamed"), tmp_path / "pool-unnamed"))
+    img2dataset(tmp_path / "others", 8, True)
+    with pytest.raises(MinerError, match="no uid of its source for 3 of 3"):
+        export(subset, "datacomp", tmp_path / "none", pool=make(found(tmp_path / "others"), tmp_path / "pool-others"))
 
 
 def test_a_pool_without_names_has_no_file_of_names_and_a_false_one_is_refused(tmp_path: Path) -> None:
