@@ -186,8 +186,7 @@ class PoolShards:
 
     def sweep_columns(self, shard: int) -> Sweep:
         """What ``ntom``, ``dos`` and ``poem`` order by, of the eligible rows."""
-        state = self.state[shard]
-        keep = state.eligible
+        state, keep = self.state[shard], self.state[shard].eligible
         return Sweep(state["loss"][keep], state["stratum"][keep], state["boundary"][keep], self.uid[shard][keep])
 
     def take_weights(self, shard: int, weight_M: np.ndarray, round_: int) -> None:
@@ -238,8 +237,7 @@ class PoolShards:
 
     def root_sums(self, shard: int) -> RootSums:
         """This shard's part of the released update's global terms."""
-        keep = self.state[shard].eligible
-        weight = rules.softplus(self.state[shard]["state"][keep])
+        weight = rules.softplus(self.state[shard]["state"][self.state[shard].eligible])
         return RootSums(float(len(weight)), float(weight.sum()), float(np.sqrt(weight).sum()))
 
     def locate(self, shard: int, targets: np.ndarray) -> np.ndarray:
@@ -283,6 +281,11 @@ class PoolShards:
         """What the driver ranks by: outcome weights, eligibility and strata."""
         state = self.state[shard]
         return {"weight": state.outcome(), "eligible": state.eligible, "stratum": state["stratum"]}
+
+    def sample(self, shard: int, share: float) -> np.ndarray:
+        """Outcome weights of the eligible rows whose permanent random number is below ``share``, float64."""
+        state = self.state[shard]
+        return state.outcome()[state.eligible & (ranking.uniform(self.uid[shard], self.seed) < share)]
 
     def write_table(self, shard: int, folder: str, scale: float, rank: np.ndarray, metadata: dict[str, str]) -> None:
         """Write one shard of the final weights table under ``folder``."""

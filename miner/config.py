@@ -45,6 +45,9 @@ class Game:
     rounds: int | None = None
     """Sweeps over the pool, with training between them; 1 scores once and never trains. Default: 5 for `paper`,
     `reference` and `equilibrium`, which live on the game, else 1. `ntom`, `dos` and `poem` always look once."""
+    converged: float | None = None
+    """Play no further round once the weights of two rounds in a row agree to this Spearman correlation, e.g. 0.99.
+    Default: play all --rounds. `reference` moves too little in a round to be told by it."""
     steps: int = 100
     """Training steps between two sweeps (under `reference`: all the work of a round)."""
     eta: float = 1.0

@@ -39,6 +39,9 @@ def check(config: Config) -> None:
     ):
         if not value >= least:
             raise UsageError(f"{flag} {value}: must be at least {least}")
+    wanted = config.game.converged
+    if wanted is not None and (config.game.rule in rules.STEPWISE or not 0 < wanted <= 1):
+        raise UsageError(f"--converged {wanted:g}: must lie in (0, 1], and does not work with --rule reference")
     if config.game.rule == "dos" and config.selection.strata == 0:
         raise UsageError("--rule dos --strata 0: strata are the clusters that dos takes turns over; leave --strata out")
     machines = config.machines

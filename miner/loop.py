@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from miner import baselines, rules
+from miner import baselines, ranking, rules
 from miner.cluster import Crew
 from miner.config import ONE_SWEEP, Config
 from miner.errors import MinerError
@@ -29,6 +29,7 @@ from miner.sweep import Sweep, block_size, cut
 from trainers.together import own_positions
 
 CHUNK_STEPS = 16  # training steps a message
+SAMPLE = 100_000  # images whose weights tell whether the ranking still changes: their rho is good to 0.001
 
 
 @dataclass
@@ -43,16 +44,17 @@ class Game:
     theta: str = ""  # hash of the classifier that the round begins with
     near: float = np.inf  # cosine to the ID set above which the leak guard leaves out; needed in the first round only
     scale: float = 0.0  # spread of the first sweep's losses; 0: not known yet
+    converged: bool = False  # the last round changed the ranking no more: it was the last one
 
     def play(self, first: int, on_round: Callable[[dict[str, Any]], None]) -> None:
         """Rounds ``first`` to the last one; ``on_round`` gets each finished round's record."""
         for round_ in range(first, self.config.game.effective_rounds):
+            if self.converged:
+                return
             started = time.monotonic()
             self.display.begin_round(round_)
-            if self.config.game.rule in rules.STEPWISE:
-                record = stepwise_round(self, round_)
-            else:
-                record = self.sweep_round(round_)
+            stepwise = self.config.game.rule in rules.STEPWISE
+            record = stepwise_round(self, round_) if stepwise else self.sweep_round(round_)
             record = {"round": round_} | record | {"seconds": round(time.monotonic() - started, 3)}
             self.run.log(record)  # first: records of rounds that were not committed are dropped on resume
             self.commit(round_)
@@ -64,11 +66,19 @@ class Game:
 
     def sweep_round(self, round_: int) -> dict[str, Any]:
         """Score the whole pool once, update every weight, train unless it is the last round."""
-        record = self.sweep(round_)
+        record, wanted = self.sweep(round_), self.config.game.converged
+        before = self.sample() if wanted and round_ else None
         record |= self.update(round_)
-        if round_ + 1 < self.config.game.effective_rounds:
+        if wanted and before is not None:
+            record["agreement"] = ranking.spearman(before, self.sample())
+            self.converged = record["agreement"] >= wanted
+        if round_ + 1 < self.config.game.effective_rounds and not self.converged:
             record |= self.train(round_, self.draw(round_))
         return record
+
+    def sample(self) -> np.ndarray:
+        """Weights by which rounds are compared, float64: those of the same ``SAMPLE`` images or so of the pool."""
+        return np.concatenate(self.crew.each("sample", SAMPLE / sum(shard.count for shard in self.shards)))
 
     # --- score -------------------------------------------------------------------------------------------------
 
@@ -80,11 +90,10 @@ class Game:
         total, left = sum(count for count, _ in opened), [mask for _, mask in opened]
         todo = sum(int(np.unpackbits(mask).sum()) for mask in left)
         self.phase(round_, "score", total, total - todo)
-        counts = [shard.count for shard in self.shards]
         # What the guard leaves out is not kept: it judges in the first sweep, after which blocks stay the same.
         keep = round_ + 1 < self.config.game.effective_rounds and (round_ > 0 or not self.config.guarded)
         sweep = Sweep(crew, self.display, round_ == 0, keep, folder, stamp)
-        sweep.run(cut(left, counts, block_size(self.config.data.size)))
+        sweep.run(cut(left, [shard.count for shard in self.shards], block_size(self.config.data.size)))
         smooth = self.config.game.smooth
         means = class_means(crew.each("class_sums")) if smooth else np.zeros(0)
         crew.each("close_sweep", round_, smooth, means)
@@ -257,7 +266,7 @@ class Game:
         self.crew.each("snapshot", str(folder.resolve()))
         state = self.crew.get(self.crew.trainers[0].state.remote())
         write_file(folder / "trainer.safetensors", state)
-        write_json(folder / "round.json", {"round": round_, "loss_scale": self.scale})
+        write_json(folder / "round.json", {"round": round_, "loss_scale": self.scale, "converged": self.converged})
         self.run.commit(round_)
         self.theta = theta_of(state)
         self.crew.kept()
@@ -267,7 +276,8 @@ class Game:
         folder = self.run.round(round_).resolve()
         paths = [(str(folder / f"shard-{shard:06d}.arrow"),) for shard in range(len(self.shards))]
         self.crew.each("restore", per_shard=paths)
-        self.scale = json.loads((folder / "round.json").read_text())["loss_scale"]
+        known = json.loads((folder / "round.json").read_text())
+        self.scale, self.converged = known["loss_scale"], known["converged"]
         state = (folder / "trainer.safetensors").read_bytes()
         self.theta = theta_of(state)
         blob = ray.put(state)

@@ -51,6 +51,11 @@ class Outcome:
         crew.each("write_table", self.metadata(total), per_shard=ranks)
         return load_weights(self.dir.path)
 
+    @property
+    def rounds(self) -> int:
+        """Rounds that were played."""
+        return self.dir.committed()[-1] + 1
+
     def metadata(self, total: float) -> dict[str, str]:
         """Schema metadata of the weights table."""
         data, game = self.config.data, self.config.game
@@ -58,7 +63,7 @@ class Outcome:
             "format_version": FORMAT_VERSION,
             "pool_fingerprint": self.pool.fingerprint,
             "run_id": self.run_id,
-            "rounds": game.effective_rounds,
+            "rounds": self.rounds,
             "seed": data.seed,
             "rule": game.rule,
             "draw": self.config.draw,
@@ -113,7 +118,7 @@ class Outcome:
             "id": self.id_set.name,
             "model": self.config.data.model,
             "rule": self.config.game.rule,
-            "rounds": self.config.game.effective_rounds,
+            "rounds": self.rounds,
             "excluded": excluded_counts(table),
             "subsets": {
                 name: {k: s[k] for k in ("gamma", "count", "clipped_share", "effective_sample_size")}

@@ -260,3 +260,14 @@ def effective_sample_size(rows: Rows) -> float:
     """(sum w)^2 / sum w^2 of the eligible rows: how many equally weighted images the weights are worth."""
     weight_M = rows.weight[rows.eligible]
     return float(weight_M.sum() ** 2 / (weight_M**2).sum())
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of two float arrays ``[n]``, ties at their mean; NaN if one is constant."""
+    ranks = []
+    for values in (a, b):
+        _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[where])
+    if not len(a) or min(rank.std() for rank in ranks) == 0:
+        return float("nan")
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

@@ -19,9 +19,9 @@ import tyro
 from miner.errors import UsageError
 from miner.files import Place, place
 from miner.pool import Pool
+from miner.ranking import spearman
 from miner.weights import load_weights
 from pipelines import cli
-from pipelines.report import spearman
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import pyarrow.compute as pc
 from miner.errors import MinerError
 from miner.images import decode, dimensions, png
 from miner.pool import Pool
+from miner.ranking import spearman
 from miner.weights import load_weights
 from pipelines import compare_plots as plots
 from pipelines import page as paper
 from pipelines.compare_matrix import Mine
 from pipelines.compare_stats import FULL_POOL, NONE, RANDOM, Block, Results
 from pipelines.compare_text import main_selector, title_of
-from pipelines.report import spearman
 
 TILES, TILE = 15, 64  # images of a selector, and the most pixels a side
 CLASSES = 15

@@ -6,7 +6,7 @@ written down and leaves the rest alone.
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
@@ -271,7 +271,7 @@ class Comparison:
         game, n = config.game, summary["n"]
         if game.rule == "uniform" and not config.guarded:  # it does score the pool, but nothing comes of it
             return dict.fromkeys(NO_COST, 0.0) | {"selection_seconds": seconds["rank"] + seconds["export"]}
-        sweeps, _, forwards = work(config, n)
+        sweeps, _, forwards = work(replace(config, game=replace(game, rounds=summary["rounds"])), n)
         played = sum(record["seconds"] for record in RunDir(self.out / mine.name).metrics())  # also before a resume
         spent = seconds["decode"] + max(seconds["game"], played) + seconds["rank"] + seconds["export"]
         return dict(zip(NO_COST, (float(sweeps * n), float(forwards), round(spent, 2)), strict=True))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from miner.files import Place, place
 from miner.images import decode, dimensions, png
+from miner.ranking import spearman
 from miner.run_dir import write_file
 from pipelines import page
 from pipelines.page import number
@@ -225,17 +226,6 @@ def rounds(run: "Run") -> str:
     intro = "L_out is the loss of the background images under the round's new weights (paper Eq. 14)."
     body = f'<div class="plots">{plots}</div><details{" open" * (not plots)}><summary>Figures</summary>'
     return page.section("rounds", "Rounds", intro, f"{body}{page.table('', head, rows)}</details>")
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two float arrays ``[n]``, ties at their mean; NaN if one is constant."""
-    ranks = []
-    for values in (a, b):
-        _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[where])
-    if not len(a) or min(rank.std() for rank in ranks) == 0:
-        return float("nan")
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def main() -> None:

@@ -364,6 +364,29 @@ def test_a_finished_run_gives_another_draw_without_playing(plain: Mined, base: C
     assert set(large.uids) != set(before)
 
 
+def test_rounds_end_once_the_ranking_has_converged(
+    plain: Mined, base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged by a sample of the weights: the same on any number of actors and after a stop, even one in the end."""
+    monkeypatch.setattr("miner.loop.SAMPLE", 400)
+    settings: dict[str, Any] = {"rounds": 9, "converged": 0.999, "strata": 0}
+    whole = mine(change(base, tmp_path / "whole", **settings))
+    told = [record.get("agreement") for record in plain_records(whole)]
+    assert (len(told), whole.summary["rounds"]) == (3, 3)
+    assert told[0] is None
+    assert told[1] < 0.999 <= told[2] < 1
+    assert "train_steps" not in plain_records(whole)[-1]
+    assert load_weights(whole.run)["weight"].equals(load_weights(plain.run)["weight"])  # of three rounds in any case
+    for left in (2, 3):  # rounds that were committed when the run was cut
+        cut = tmp_path / f"cut{left}"
+        shutil.copytree(whole.run, cut)
+        for made in (f"rounds/{left:06d}", "weights", "subset-0.1", "subset-0.01"):
+            shutil.rmtree(cut / made, ignore_errors=True)
+        again = mine(change(base, cut, **settings, pool_actors=2))
+        assert contents(again.run) == contents(whole.run)
+        assert [record.get("agreement") for record in plain_records(again)] == told
+
+
 # --- every rule ---
 
 
@@ -471,6 +494,8 @@ def test_resume_insists_on_a_run(base: Config, tmp_path: Path) -> None:
         ({"gamma": (0.1, 1.5)}, r"--gamma 1.5:"),
         ({"exclude_near_id": 1.0}, "--exclude-near-id 1:"),
         ({"rounds": 0}, "--rounds 0:"),
+        ({"converged": 0.0}, "--converged 0:"),
+        ({"converged": 0.9, "rule": "reference"}, "--converged 0.9:"),
         ({"steps": 0}, "--steps 0:"),
         ({"strata": -1}, "--strata -1:"),
         ({"pool": "nowhere-at-all"}, "no pool 'nowhere-at-all'"),

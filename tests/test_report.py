@@ -19,9 +19,10 @@ from PIL import Image
 from miner.build import write_arrays_pool
 from miner.errors import MinerError
 from miner.pool import Pool
+from miner.ranking import spearman
 from miner.run_dir import write_json
 from miner.weights import ShardState, final_table, load_weights, write_arrow
-from pipelines.report import GAP, REMOVED, TILE, TILES, spearman, write_report
+from pipelines.report import GAP, REMOVED, TILE, TILES, write_report
 from trainers.data import load_id
 
 NASTY = "<script>alert('x')</script>"

@@ -21,7 +21,7 @@ from pipelines.agree import agreement, heaviest
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {
     *("pool", "id", "model", "checkpoint", "size", "seed"),
-    *("rule", "rounds", "steps", "eta", "cap", "batch", "alpha", "lr", "views", "smooth"),
+    *("rule", "rounds", "steps", "eta", "cap", "batch", "alpha", "lr", "views", "smooth", "converged"),
     *("gamma", "draw", "strata", "exclude-near-id", "guard"),
     *("pool-actors", "trainers", "resident", "threads", "parts", "address", "autoscale", "out", "resume", "dry-run"),
     *(f"pretrain.{name}" for name in ("epochs", "batch", "lr", "warmup", "weight-decay", "label-smoothing")),
