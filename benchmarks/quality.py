@@ -87,6 +87,7 @@ class Course(NamedTuple):
 def course(config: Quality, selector: str, draw: int) -> Course:
     """The run of a rule with one seed, played now if it was not before."""
     from miner.mine import Mining
+
     from miner.progress import Display
 
     class Watched(Mining):
