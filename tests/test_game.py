@@ -334,6 +334,22 @@ def test_a_finished_run_gives_another_draw_without_playing(plain: Mined, base: C
     assert set(large.uids) != set(before)
 
 
+def test_what_was_taken_out_of_a_run_stays_out_of_its_further_subsets(
+    plain: Mined, base: Config, tmp_path: Path
+) -> None:
+    shutil.copytree(plain.run, tmp_path / "run")
+    gone = dict.fromkeys(load_subset(tmp_path / "run" / "subset-0.1").uids[::5], "opt-out")
+    exclude(tmp_path / "run", gone)
+    cut = contents(tmp_path / "run")
+    again = mine(change(base, tmp_path / "run", gamma=(*GAMMAS, 0.2)))
+    shutil.move(again.subsets[2], tmp_path / "subset-0.2")
+    assert contents(again.run) == cut
+    larger = load_subset(tmp_path / "subset-0.2").uids
+    assert len(larger) == int(0.2 * sum(COUNTS))
+    assert not set(larger) & set(gone)
+    assert again.summary["excluded"]["opt-out"] == len(gone)
+
+
 # --- every rule ---
 
 
