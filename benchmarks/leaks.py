@@ -45,8 +45,8 @@ class Benchmark:
     """Folder with cifar10/."""
     pool: str
     """Pool of clean images."""
-    checkpoint: Path
-    """Classifier whose features are compared too: a run directory or .safetensors."""
+    checkpoint: Path | None = None
+    """Classifier whose features are compared too: a run directory or .safetensors. Without one they are left out."""
     images: int = 10_000
     """Clean images taken from the pool, evenly."""
     each: int = 200
@@ -143,9 +143,8 @@ def by_vectors(look: Look, references: np.ndarray, *queries: np.ndarray) -> list
     return found
 
 
-def figures(score: np.ndarray, right: np.ndarray, kind: np.ndarray, limit: float) -> list[str]:
-    """Recall of each kind, and the share of clean images, above ``limit``."""
-    above = score > limit
+def figures(above: np.ndarray, right: np.ndarray, kind: np.ndarray) -> list[str]:
+    """Recall of each kind (``above`` the threshold and the ``right`` ID image), and the share of clean images above."""
     recalls = [f"{(above & right)[kind == number].mean():.3f}" for number in range(len(KINDS))]
     return [*recalls, f"{above[kind < 0].mean():.2%}"]
 
@@ -155,13 +154,8 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(Benchmark, prog="python -m benchmarks.leaks", description=__doc__)
-    import pyarrow.compute as pc
-
-    from miner.build import write_arrays_pool
     from miner.copies import threshold
     from miner.pool import resolve
-    from miner.progress import Display
-    from pipelines.audit import AuditConfig, run
     from trainers.data import load_id
     from trainers.sets import open_images
 
@@ -174,35 +168,49 @@ def main() -> None:
     images = np.concatenate([np.stack(leaks), clean])
     kind = np.concatenate([np.arange(len(leaks)) // config.each, np.full(len(clean), -1)])
     truth = np.concatenate([source, np.full(len(clean), -1)])
+    print("| way | " + " | ".join(KINDS) + " | false alarms | threshold | s |")
+    print("|---" * (len(KINDS) + 4) + "|", flush=True)
+    audit, rows = audited(config, images)
+    for way, found in rows.items():
+        limit = audit.about["threshold"] if way == "pipelines.audit" else 1.0
+        cells = [*figures(found >= -1, found == truth, kind), f"{limit:.3f}", f"{audit.about['seconds']:.0f}"]
+        print(f"| {way} | " + " | ".join(cells) + " |", flush=True)
     references = np.concatenate([id_set.test_images, id_set.train_images])
     nothing = np.ascontiguousarray(id_set.test_images[:, ::-1])
-    print("| way | " + " | ".join(KINDS) + " | false alarms | threshold | s |", flush=True)  # audit's: see below
-    print("|---" * (len(KINDS) + 4) + "|", flush=True)
-
-    def show(way: str, score: np.ndarray, row: np.ndarray, limit: float, seconds: float) -> None:
-        cells = [way, *figures(score, row == truth, kind, limit), f"{limit:.3f}", f"{seconds:.0f}"]
-        print("| " + " | ".join(cells) + " |", flush=True)
-
     ways: dict[str, Look] = {"phash": phash, "thumbnails": thumbnails}
-    for way, look in (ways | net_ways(config.checkpoint, id_set.train_images[:5000])).items():
+    if config.checkpoint is not None:
+        ways |= net_ways(config.checkpoint, id_set.train_images[:5000])
+    for way, look in ways.items():
         started = time.monotonic()
         (score, row), (quiet, _) = by_vectors(look, references, images, nothing)
-        show(way, score, row, threshold(quiet, config.alarms), time.monotonic() - started)
-    with tempfile.TemporaryDirectory() as folder:
+        limit = threshold(quiet, config.alarms)
+        cells = [*figures(score > limit, row == truth, kind), f"{limit:.3f}", f"{time.monotonic() - started:.0f}"]
+        print(f"| {way} | " + " | ".join(cells) + " |", flush=True)
+    print(json.dumps(audit.about, indent=2))
+
+
+def audited(config: Benchmark, images: np.ndarray) -> tuple[Any, dict[str, np.ndarray]]:
+    """The audit of a pool of these images, and, by way, the ID test image each is named: -1 another one, -2 none."""
+    import pyarrow.compute as pc
+
+    from miner.build import write_arrays_pool
+    from miner.progress import Display
+    from pipelines.audit import AuditConfig, run
+
+    with tempfile.TemporaryDirectory() as folder, Display() as display:
         write_arrays_pool(folder, "planted", images, None, ())
-        started = time.monotonic()
-        asked: dict[str, Any] = {"id": str(config.data / "cifar10"), "alarms": config.alarms}
         out = str(config.out or Path(folder) / "audit")
-        with Display() as display:
-            audit = run(AuditConfig(folder, out=out, **asked), display)[0]
-        for way in ("exact", "pipelines.audit"):
-            table = audit.table if way != "exact" else audit.table.filter(pc.equal(audit.table["kind"], "exact"))
-            score, row = np.zeros(len(images)), np.full(len(images), -2)
-            score[table["row"].to_numpy()] = 1
-            inside = table.filter(pc.equal(table["set"], audit.about["clean"]))
-            row[inside["row"].to_numpy()] = inside["set_row"].to_numpy()
-            show(way, score, row, 0.0, time.monotonic() - started)
-        print(json.dumps(audit.about, indent=2))
+        asked = AuditConfig(folder, id=str(config.data / "cifar10"), alarms=config.alarms, out=out)
+        audit = run(asked, display)[0]
+    rows = {}
+    for way in ("exact", "pipelines.audit"):
+        table = audit.table if way != "exact" else audit.table.filter(pc.equal(audit.table["kind"], "exact"))
+        found = np.full(len(images), -2)
+        found[table["row"].to_numpy()] = -1
+        inside = table.filter(pc.equal(table["set"], audit.about["clean"]))
+        found[inside["row"].to_numpy()] = inside["set_row"].to_numpy()
+        rows[way] = found
+    return audit, rows
 
 
 if __name__ == "__main__":

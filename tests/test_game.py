@@ -30,6 +30,7 @@ from miner import demo
 from miner.build import finish, prepare, run_job
 from miner.config import Config, Data, Game, Machines, Output, Selection
 from miner.errors import MinerError, UsageError
+from miner.exclude import exclude
 from miner.images import png
 from miner.mine import Mined, mine
 from miner.pool import Pool
