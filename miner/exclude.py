@@ -54,7 +54,7 @@ def exclude(run: Place, reasons: Mapping[str, str], say: Callable[[str], None] =
     before anything is written.
     """
     with RunDir(run).locked():
-        summary = _summary(run)
+        summary = summary_of(run)
         pool = Pool.open(str(summary["pool_path"]))
         _finish_staged(run)
         table = load_weights(run)
@@ -79,7 +79,8 @@ def exclude(run: Place, reasons: Mapping[str, str], say: Callable[[str], None] =
     return summary
 
 
-def _summary(run: Place) -> dict[str, Any]:
+def summary_of(run: Place) -> dict[str, Any]:
+    """summary.json of a finished run, with "pool_path" and "subsets" in their types. MinerError without a sound one."""
     try:
         summary = read_json(run / "summary.json")
         sound = isinstance(summary["pool_path"], str) and isinstance(summary["subsets"], dict)

@@ -53,6 +53,7 @@ def opened(config: AuditConfig) -> "tuple[Target, dict[str, ImageSet], str, Plac
     """
     from miner.audit import pool_target, subset_target
     from miner.errors import UsageError
+    from miner.exclude import summary_of
     from miner.files import place, read_json
     from miner.pool import Pool, resolve
     from miner.subset import load_subset
@@ -64,14 +65,15 @@ def opened(config: AuditConfig) -> "tuple[Target, dict[str, ImageSet], str, Plac
     path, told = place(config.target), dict[str, Any]()
     run = path if (path / "weights").exists() and (path / "summary.json").exists() else None
     if run is not None and (run / "config.json").exists():
-        told = read_json(run / "config.json").get("data", {})
+        settings = read_json(run / "config.json")
+        told = dict(settings.get("data") or {}) if isinstance(settings, dict) else told
     if config.exclude and run is None:
         raise UsageError(f"{config.target}: no finished run; --exclude cuts the subsets of a run again")
     spec, size = config.id or told.get("id"), config.size or int(told.get("size", 32))
     if not spec:
         raise UsageError("--id: name the ID set; only a run says which one it was mined for")
     if run is not None:
-        target = pool_target(Pool.open(read_json(run / "summary.json")["pool_path"]), size)
+        target = pool_target(Pool.open(summary_of(run)["pool_path"]), size)
     elif (path / "subset.json").exists():
         target = subset_target(load_subset(path), size)
     else:

@@ -112,7 +112,8 @@ def main() -> None:
     config = tyro.cli(ExcludeConfig, prog="python -m pipelines.exclude", description=__doc__)
     from miner.audit import read_audit
     from miner.errors import UsageError
-    from miner.files import place, read_json
+    from miner.exclude import summary_of
+    from miner.files import place
     from miner.weights import load_weights
 
     run = place(config.run)
@@ -120,8 +121,7 @@ def main() -> None:
         raise UsageError("nothing to exclude: give --uids, --classes or --audit")
     reasons: dict[str, str] = {}
     if config.classes:
-        pool_path = read_json(run / "summary.json")["pool_path"]
-        reasons |= of_classes(config.classes, load_weights(run), pool_path)
+        reasons |= of_classes(config.classes, load_weights(run), summary_of(run)["pool_path"])
     if config.audit:
         reasons |= of_audit(read_audit(place(config.audit)).table)
     if config.uids:
