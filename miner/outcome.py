@@ -12,12 +12,13 @@ import pyarrow.compute as pc
 from miner import ranking
 from miner.cluster import Crew
 from miner.config import Config
+from miner.exclude import apply_list, forget_staged, read_list, rows_of
 from miner.pool import Pool
 from miner.progress import Display
 from miner.ranking import Rows, Words
 from miner.run_dir import RunDir
 from miner.subset import class_histogram, is_written, write_subset
-from miner.weights import FORMAT_VERSION, excluded_counts, load_weights
+from miner.weights import FORMAT_VERSION, excluded_counts
 from trainers.data import IdSet
 
 
@@ -48,8 +49,12 @@ class Outcome:
         folder = self.dir.path / "weights"
         folder.mkdir(exist_ok=True)
         ranks = [(str(folder.resolve()), scale, rank[a:b]) for a, b in pairwise(self.pool.edges)]
+        forget_staged(self.dir.path)
         crew.each("write_table", self.metadata(total), per_shard=ranks)
-        return load_weights(self.dir.path)
+        table = apply_list(self.dir.path)
+        if len(read_list(self.dir.path)):
+            self.rows = rows_of(table)
+        return table
 
     @property
     def rounds(self) -> int:

@@ -30,7 +30,7 @@ TABLE = pa.schema(
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("row", pa.int32(), nullable=False),  # row within the shard
         pa.field("label", pa.int32()),  # the pool's own class index
-        pa.field("weight", pa.float32(), nullable=False),  # mean 1 over eligible rows; 0 where excluded
+        pa.field("weight", pa.float32(), nullable=False),  # mean 1 over rows eligible when mined; 0 where excluded
         pa.field("loss", pa.float32()),  # latest uniformity loss (paper Eq. 5), over views and smoothed
         pa.field("loss_mean", pa.float32()),  # over all visits
         pa.field("visits", pa.uint32(), nullable=False),
@@ -39,7 +39,7 @@ TABLE = pa.schema(
         pa.field("nn_id_cosine", pa.float32()),
         pa.field("nn50_id_cosine", pa.float32()),  # 50th nearest: what the leak guard judges by
         pa.field("stratum", pa.int32()),  # feature cluster
-        pa.field("excluded_by", pa.dictionary(pa.int8(), pa.string())),
+        pa.field("excluded_by", pa.dictionary(pa.int8(), pa.string())),  # of REASONS, or of miner.exclude's list
     ]
 )
 
@@ -222,7 +222,8 @@ def _read_table(path: Place) -> pa.Table:
 
 
 def excluded_counts(table: pa.Table) -> dict[str, int]:
-    """How many rows of a weights table each reason took out, every reason named."""
+    """How many rows of a weights table each reason took out: every reason of REASONS, then those of exclusion lists."""
     counts = pc.value_counts(table["excluded_by"].cast(pa.string())).to_pylist()
     found = {count["values"]: count["counts"] for count in counts}
-    return {reason: found.get(reason, 0) for reason in REASONS[1:]}
+    listed = sorted(reason for reason in found if reason is not None and reason not in REASONS)
+    return {reason: found.get(reason, 0) for reason in [*REASONS[1:], *listed]}

@@ -123,25 +123,25 @@ def sheet(run: "Run", name: str, title: str, intro: str, rows: np.ndarray) -> st
 
 def _tile(run: "Run", row: int, record: dict[str, Any]) -> str:
     name = run.class_name(int(run.label[row]))
-    image = _fitted(run.pool.read(record["shard"], [record["row"]])[0])
+    image = fitted(run.pool.read(record["shard"], [record["row"]])[0])
     near, nearest = record["nn_id_row"], "no ID image"
     if near is not None:
         id_class = run.id_set.classes[run.id_set.train_labels[near]]
         nearest = f"{id_class}, cos {record['nn_id_cosine']:.2f}"
         gap = np.full((TILE, GAP, 3), 255, np.uint8)
-        image = np.concatenate([image, gap, _square(run.id_set.train_images[near])], axis=1)
+        image = np.concatenate([image, gap, square(run.id_set.train_images[near])], axis=1)
     first = f"weight {number(record['weight'])}" if run.eligible[row] else f"50th cos {record['nn50_id_cosine']:.2f}"
     caption = (name, first, f"loss {number(float(run.loss[row]))}", nearest)
     hover = f"{record['key']} · shard {record['shard']} row {record['row']} · uid {record['uid']}"
     return page.tile(png(image), (image.shape[1], TILE), f"{name} beside {nearest}", hover, caption)
 
 
-def _fitted(data: bytes) -> np.ndarray:
+def fitted(data: bytes) -> np.ndarray:
     """The middle square of an encoded image, uint8 ``[TILE, TILE, 3]``; small ones keep hard edges."""
-    return _square(decode(data, max(1, min(TILE, *dimensions(data)))))
+    return square(decode(data, max(1, min(TILE, *dimensions(data)))))
 
 
-def _square(image: np.ndarray) -> np.ndarray:
+def square(image: np.ndarray) -> np.ndarray:
     how = Image.Resampling.BICUBIC if TILE % len(image) else Image.Resampling.NEAREST
     return np.asarray(Image.fromarray(image).resize((TILE, TILE), how))
 

@@ -32,6 +32,7 @@ from miner.build import finish, prepare, run_job
 from miner.cluster import Crew
 from miner.config import Config, Data, Game, Machines, Output, Selection
 from miner.errors import MinerError, UsageError
+from miner.exclude import exclude
 from miner.images import png
 from miner.mining import Mined, mine
 from miner.pool import Pool
@@ -385,6 +386,22 @@ def test_rounds_end_once_the_ranking_has_converged(
         again = mine(change(base, cut, **settings, pool_actors=2))
         assert contents(again.run) == contents(whole.run)
         assert [record.get("agreement") for record in plain_records(again)] == told
+
+
+def test_what_was_taken_out_of_a_run_stays_out_of_its_further_subsets(
+    plain: Mined, base: Config, tmp_path: Path
+) -> None:
+    shutil.copytree(plain.run, tmp_path / "run")
+    gone = dict.fromkeys(load_subset(tmp_path / "run" / "subset-0.1").uids[::5], "opt-out")
+    exclude(tmp_path / "run", gone)
+    cut = contents(tmp_path / "run")
+    again = mine(change(base, tmp_path / "run", gamma=(*GAMMAS, 0.2)))
+    shutil.move(again.subsets[2], tmp_path / "subset-0.2")
+    assert contents(again.run) == cut
+    larger = load_subset(tmp_path / "subset-0.2").uids
+    assert len(larger) == int(0.2 * sum(COUNTS))
+    assert not set(larger) & set(gone)
+    assert again.summary["excluded"]["opt-out"] == len(gone)
 
 
 # --- every rule ---
