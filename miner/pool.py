@@ -106,7 +106,8 @@ class Pool:
         """The rows of shard after shard: the index is opened once and never held as a whole."""
         parquet = self._parquet()
         for shard in range(len(self.shards)):
-            yield self._rows(partial(_row_group, shard, columns), range(shard, shard + 1), parquet)
+            read = partial(pq.ParquetFile.read_row_group, i=shard, columns=columns)
+            yield self._rows(read, range(shard, shard + 1), parquet)
 
     @property
     def edges(self) -> np.ndarray:
@@ -281,10 +282,6 @@ def resolve(name: str) -> str:
         return name  # opening it says what it lacks
     hint = HINTS.get(name, "see python -m pipelines.shard --help, or give a folder or URL with a pool.json")
     raise UsageError(f"no pool {name!r} in {pools_folder()}; {hint}")
-
-
-def _row_group(shard: int, columns: list[str] | None, parquet: pq.ParquetFile) -> pa.Table:
-    return parquet.read_row_group(shard, columns=columns)
 
 
 def uid_of(data: bytes | memoryview) -> str:
