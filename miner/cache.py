@@ -34,9 +34,9 @@ def open_shard(pool: Pool, shard: int, size: int, directory: str | None = None) 
     read.
     """
     entry = pool.shards[shard]
-    if entry.kind == "raw" and entry.record_shape == (size, size, 3) and not is_url(entry.path):
+    if _is_own_cache(entry, size):
         return pool.records(shard), {}
-    stem = os.path.join(_folder(pool, directory), str(size), f"{shard:06d}")
+    stem = _stem(pool, shard, size, directory)
     found = _load(stem, entry, size)
     if found is None:
         os.makedirs(os.path.dirname(stem), exist_ok=True)
@@ -45,6 +45,21 @@ def open_shard(pool: Pool, shard: int, size: int, directory: str | None = None) 
     if found is None:
         raise MinerError(f"{stem}.npy: changed while it was written; remove it and run again")
     return found
+
+
+def is_there(pool: Pool, shard: int, size: int) -> bool:
+    """Whether ``open_shard`` has nothing to decode."""
+    entry = pool.shards[shard]
+    return _is_own_cache(entry, size) or _load(_stem(pool, shard, size), entry, size) is not None
+
+
+def _is_own_cache(entry: Shard, size: int) -> bool:
+    return entry.kind == "raw" and entry.record_shape == (size, size, 3) and not is_url(entry.path)
+
+
+def _stem(pool: Pool, shard: int, size: int, directory: str | None = None) -> str:
+    """Path of a shard's cache without its ending."""
+    return os.path.join(_folder(pool, directory), str(size), f"{shard:06d}")
 
 
 def gather(images: np.ndarray, rows: np.ndarray) -> np.ndarray:

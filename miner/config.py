@@ -133,6 +133,27 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Fleet:
+    """Machines that --dry-run predicts a run for, besides this one. Nothing else heeds it."""
+
+    nodes: int = 0
+    """Machines, all alike. 0: predict for this machine only. Of the settings above --pool-actors holds there too."""
+    gpus: int = 0
+    """GPUs of each, with a trainer on every one. 0: one trainer on the cores of each machine."""
+    cores: int | None = None
+    """CPU cores of each. Default: as many as here."""
+    gpu_images: float | None = None
+    """Images a second that one GPU scores in one view. Default: as measured here, on a machine with a GPU."""
+    gpu_look_ups: float | None = None
+    """Images a second whose nearest ID images and stratum one GPU finds. Default: as measured here; where no GPU is, on
+    the cores that a trainer has to itself."""
+    gigabytes: float = 1.0
+    """10^9 bytes a second between one machine and the pool's disk or store, the run's, and the other machines."""
+    dollars: float = 0.0
+    """Price of one machine an hour."""
+
+
+@dataclass(frozen=True)
 class Config:
     """Mine a gamma-subset of background images for a classifier."""
 
@@ -142,6 +163,7 @@ class Config:
     machines: Annotated[Machines, OmitArgPrefixes] = field(default_factory=Machines)
     output: Annotated[Output, OmitArgPrefixes] = field(default_factory=Output)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    fleet: Fleet = field(default_factory=Fleet)
 
     @property
     def draw(self) -> Draw:

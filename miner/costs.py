@@ -1,114 +1,240 @@
-"""How long a run will take here: a few seconds of its own work, measured, times how often it is done.
+"""What a run will take on given machines: seconds a part and what bounds it, memory, bytes, dollars.
 
-Only what grows with pool, ID set and settings is counted. Actors that start take some ten seconds besides.
+``predict`` is a pure function of what a run's work costs (``Rates``, measured by ``miner.rates``), of the machines
+(``Site``) and of how much is to be done (``Work``); ``miner.forecast`` makes the two and tells people.
+
+A part is made of phases, each of which waits for the one before; within a phase resources work at the same time, and
+the slowest decides:
+
+- start: the driver reads ID set and index, then Ray and the actors start, all at once on each machine's cores.
+- classifier: one trainer trains; the others wait for its net.
+- decode: pool actors read, decode and hash, each its own shards; while one waits for the disk others compute.
+- restore: every trainer takes in the whole ID set; then one sees the sample, and fits strata.
+- game: in a sweep pool actors gather blocks, the network carries them, trainers score, and the driver hands them out,
+  all at once, for each trainer has a block waiting (``miner.sweep``): the slowest decides, and at the end trainers
+  wait for the last block. Then pool actors update weights; training steps are one trainer's, commits the disk's.
+- rank: the driver ranks, then pool actors write the table.
+- export: the driver reads and writes image after image.
 """
 
-import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
 
-import numpy as np
-import torch
-
-from miner import cache, inputs
-from miner.config import Config
-from miner.neighbors import POINTS_PER_STRATUM, WHITENED, NearestID, fit_strata
-from miner.pool import Pool
-from trainers.actor import Trainer
-from trainers.data import IdSet
-
-IMAGES, LEAST = 4096, 256  # that are decoded and scored to learn what an image costs, at most and at least
-PATIENCE = 1.0  # seconds that one scoring of them may take: wide nets get fewer
-RANK, TABLE, SUBSET = 3.5e-7, 1.5e-6, 2e-4  # seconds an image: ranked, written to the weights table, exported
-KMEANS = 20 * 2 * WHITENED / 1.5e10  # seconds a point and centroid: iterations, products, a core's products a second
-ROW_BYTES, BASE_BYTES, WORKER_BYTES = 160, 2.2e9, 0.25e9  # of the processes: an image; driver and trainer; pool actor
+RAY = 1.3  # that a private Ray takes to start, in trainers' imports: both are mostly work of Python
+BLOCK, BLOCK_TRAINER = 1.3e-3, 1.2e-5  # the driver's seconds a block, and more for each trainer: benchmarks.speed sweep
+CALL = 2.5e-4  # the driver's seconds to send an actor one call
+ID_SAMPLE = 5_000  # ID images that say how near is near
+SNAPSHOT, TABLE = 60, 130  # bytes a row of a commit, of the weights table
+DRIVER, ACTOR, TRAINER, GPU_TRAINER, RAY_ITSELF = 0.5e9, 0.25e9, 0.9e9, 4e9, 0.6e9  # bytes of each process at least
+DRIVER_ROW, ACTOR_ROW = 90, 85  # bytes a row in the driver, and in all pool actors together
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of one machine of this kind."""
+    """Seconds that a run's work costs. A scorer is a GPU, or one core of a trainer on CPUs."""
 
-    decode: float  # an image, one core
-    forward: float  # an image, one view, one trainer
-    look_up: float  # an image: neighbours, stratum, and the maps that it is found in
-    step: float  # a training step of the game
-
-
-def measured(config: Config, pool: Pool, id_set: IdSet) -> Rates:
-    """Work of a run on up to ``IMAGES`` images of the pool's first shard, by a trainer with the machine's threads.
-
-    Raises MinerError as ``Pool.read`` does.
-    """
-    rows = range(min(IMAGES, pool.shards[0].count))
-    records = pool.records(0) if pool.shards[0].kind == "raw" else None
-    started = time.perf_counter()
-    images = cache.pixels_of(pool, 0, records, rows, config.data.size, {})
-    per_image = (time.perf_counter() - started) / len(images)
-    game = replace(config.game, views=1)
-    trainer = Trainer(config.data.model, id_set, config.data.seed, game)
-    few = images[:LEAST]
-    images = images[: max(int(LEAST * PATIENCE / _seconds(lambda: trainer.score(few, False))), LEAST)]
-    some = id_set.train_images[:: max(len(id_set.train_images) // len(images), 1)][: len(images)]
-    features = trainer.features(some)
-    rng = np.random.default_rng(0)
-    like_all = features[rng.integers(0, len(features), len(id_set.train_images))]
-    like_all *= rng.uniform(0.9, 1.1, like_all.shape)  # no two alike: search among equals is slower
-    trainer.nearest = NearestID(like_all, trainer.scoring_threads)
-    trainer.set_strata(fit_strata(trainer.looks(images)[1], min(64, len(images)), 0, 1))
-    forward = _seconds(lambda: trainer.score(images, False)) / len(images)
-    both = _seconds(lambda: trainer.score(images, True)) / len(images)
-    order = np.resize(np.arange(len(images)), game.batch)
-    step = _seconds(lambda: trainer.train(0, 0, order, None, images))
-    return Rates(per_image, forward, max(both - forward, 0.0), step)
+    gpus: int  # of the machine; 0: cores scored
+    decode: float  # an image: read and decoded, by a core
+    digest: float  # an image: hashed, by a core
+    gather: float  # an image: copied out of the cache and into Ray's store, by a core
+    forward: float  # an image: one view, by a scorer
+    look_up: float  # an image: nearest ID images and stratum, by a GPU or a core
+    pretrain: float  # an ID image: one epoch of pre-training, by a trainer
+    step: float  # a training step of the game, by a trainer
+    strata: float  # an image of the sample that strata are fitted to, by a trainer
+    move: float  # a row: one update of the weights and its snapshot, by the core of a pool actor
+    drive: float  # a row: one update, by the driver
+    index: float  # a row: read from the index and compared with all others, by the driver
+    sample: float  # a row: whether it is in the sample, by the driver
+    rank: float  # a row: ranked and cut, by the driver
+    table: float  # a row: written to the weights table, by the core of a pool actor
+    export: float  # an image of a subset, by the driver
+    imports: float  # a process that starts
+    id_set: float  # the ID set is read
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """The mean of two runs."""
-    started = time.perf_counter()
-    work()
-    work()
-    return (time.perf_counter() - started) / 2
+@dataclass(frozen=True)
+class Site:
+    """Machines, all alike, and the processes on all of them together."""
+
+    nodes: int
+    gpus: int  # of each machine
+    cores: int
+    trainers: int
+    pool_actors: int
+    bandwidth: float  # bytes a second of each machine, to disk and network; inf: all is in memory already
+    dollars: float = 0.0  # a machine and hour
+
+    @property
+    def share(self) -> int:
+        """Trainers on one machine."""
+        return ceil(self.trainers / self.nodes)
+
+    @property
+    def threads(self) -> float:
+        """Cores that a trainer computes with: it asks for its share of all but one."""
+        return min(max((self.cores - 1) // self.share, 1), self.cores / self.share)
+
+    @property
+    def scorers(self) -> float:
+        """Of one trainer."""
+        return 1.0 if self.gpus else self.threads
 
 
-def predicted(config: Config, pool: Pool, id_set: IdSet, rates: Rates) -> dict[str, float]:
-    """Seconds of each part of a run, named as in ``summary.json``."""
-    n, game, strata = pool.count, config.game, config.strata_for(pool.count)
-    sweeps, steps, _ = inputs.work(config, n)
-    at_once = min(_actors(config, pool), os.cpu_count() or 1)
-    trainers = config.machines.trainers if torch.cuda.is_available() else 1  # on CPUs they share the same cores
-    sample = min(strata * POINTS_PER_STRATUM, n) if strata > 1 else 0
-    fit = sample * (rates.forward + rates.look_up) + sample * strata * KMEANS
-    epochs = 0 if config.data.checkpoint else config.pretrain.epochs
-    kept = sum(config.selection.gamma) * n
+@dataclass(frozen=True)
+class Work:
+    """How much a run does."""
+
+    images: int
+    shards: int
+    size: int  # pixels a side
+    decode: int  # images that are to be decoded: not those of raw files of that size, nor what was decoded before
+    stored: int  # their bytes
+    sweeps: int
+    views: int
+    block: int  # images a message
+    updates: int  # times that all weights move
+    steps: int  # of training
+    look_up: bool  # in the first sweep
+    id_images: int
+    epochs: int  # of pre-training
+    sample: int  # images that strata are fitted to
+    kept: int  # images of all subsets
+
+    @property
+    def pixels(self) -> int:
+        """Bytes of all decoded images."""
+        return self.images * 3 * self.size**2
+
+
+class Part(NamedTuple):
+    """Seconds of a part of a run, and the resource that most of them are spent on."""
+
+    seconds: float
+    bound: str
+
+
+Phases = list[dict[str, float]]  # one after the other; seconds of resources that work at the same time
+
+
+def predict(rates: Rates, site: Site, work: Work) -> dict[str, Part]:
+    """Every part of a run, named as in ``summary.json``."""
+    phases = {
+        "start": _start(rates, site, work),
+        "classifier": [{"one trainer": work.epochs * work.id_images * rates.pretrain}],
+        "decode": _decode(rates, site, work),
+        "restore": _restore(rates, site, work),
+        "game": _game(rates, site, work),
+        "rank": _rank(rates, site, work),
+        "export": [{"driver": work.kept * rates.export}],
+    }
+    return {name: _part(found) for name, found in phases.items()}
+
+
+def _part(phases: Phases) -> Part:
+    seconds: Counter[str] = Counter()
+    for phase in phases:
+        slowest = max(phase, key=lambda name: phase[name])
+        seconds[slowest] += phase[slowest]  # type: ignore[assignment]
+    return Part(float(seconds.total()), seconds.most_common(1)[0][0])
+
+
+def _busiest(site: Site, work: Work) -> float:
+    """Rows of the pool actor with the most shards, times how many actors share a core."""
+    crowd = max(site.pool_actors / (site.nodes * site.cores), 1.0)
+    return ceil(work.shards / site.pool_actors) / work.shards * work.images * crowd
+
+
+def _start(rates: Rates, site: Site, work: Work) -> Phases:
+    # A pool actor needs no torch: a quarter of a trainer's imports.
+    at_once = (site.trainers + site.pool_actors / 4) / site.nodes / site.cores
+    return [
+        {"driver": rates.id_set + work.images * rates.index},
+        {"processes": rates.imports * (RAY + max(at_once, 1.0))},
+    ]
+
+
+def _decode(rates: Rates, site: Site, work: Work) -> Phases:
+    rows, all_bytes = _busiest(site, work), site.nodes * site.bandwidth
+    return [
+        {"pool actors": rows * work.decode / work.images * rates.decode, "disk": work.stored / all_bytes},
+        {"driver": work.id_images * rates.digest},
+        {"pool actors": rows * rates.digest, "disk": work.pixels / all_bytes},
+    ]
+
+
+def _restore(rates: Rates, site: Site, work: Work) -> Phases:
+    if not work.look_up:
+        return [{"driver": 0.0}]
+    look_up = rates.look_up / (1.0 if rates.gpus else site.threads)
+    forward, blocks = rates.forward / site.scorers, ceil(work.sample / work.block)
+    return [
+        {"every trainer": work.id_images * forward + ID_SAMPLE * look_up},
+        {"driver": work.images * rates.sample},
+        {
+            "one trainer": work.sample * (forward + look_up),
+            "driver": blocks * min(work.shards, work.block) * CALL,
+        },
+        {"one trainer": work.sample * rates.strata},
+    ]
+
+
+def _game(rates: Rates, site: Site, work: Work) -> Phases:
+    rows, all_bytes = _busiest(site, work), site.nodes * site.bandwidth
+    update = [
+        {"pool actors": work.updates * rows * rates.move, "disk": work.updates * work.images * SNAPSHOT / all_bytes},
+        {"driver": work.updates * work.images * rates.drive},
+    ]
+    training = [{"one trainer": work.steps * rates.step}]
+    return [*(sweep(rates, site, work, not number) for number in range(work.sweeps)), *update, *training]
+
+
+def sweep(rates: Rates, site: Site, work: Work, first: bool) -> dict[str, float]:
+    """Seconds of each resource in one pass over the pool; the slowest decides."""
+    forward = work.views * rates.forward
+    look_up = rates.look_up if first and work.look_up else 0.0
+    image = forward / site.scorers + look_up / (1.0 if rates.gpus else site.threads)
+    waiting = (1.0 - 1.0 / site.trainers) * work.block / 2  # images: at the end trainers are done one after the other
+    hand_out = work.images / work.block * (BLOCK + BLOCK_TRAINER * site.trainers)
+    gather = work.images * rates.gather
+    crossing = (site.nodes - 1) / site.nodes  # what a trainer gets comes from any machine
+    found = {
+        "trainers": (work.images / site.trainers + waiting) * image,
+        "pool actors": gather / min(site.pool_actors, site.nodes * site.cores),
+        "network": work.pixels * (1.0 + crossing) / (site.nodes * site.bandwidth),
+        "driver": hand_out,
+    }
+    if not site.gpus:  # trainers leave a core to the others, or, where they are many, none
+        busy = work.images * (forward + look_up) + gather
+        found["cores"] = (busy + hand_out) / (site.nodes * site.cores)
+    return found
+
+
+def _rank(rates: Rates, site: Site, work: Work) -> Phases:
+    written = work.images * TABLE / (site.nodes * site.bandwidth)
+    return [
+        {"driver": work.images * rates.rank},
+        {"pool actors": _busiest(site, work) * rates.table, "disk": written},
+    ]
+
+
+# --- what is predicted besides seconds -------------------------------------------------------------------------------
+
+
+def memory(site: Site, work: Work, id_bytes: int, store: int) -> dict[str, float]:
+    """Bytes of one process of each kind at its peak; ``store`` of Ray's object store, on all machines together."""
     return {
-        "classifier": epochs * len(id_set.train_images) * rates.step / (2 * game.batch),
-        "decode": n * rates.decode / at_once,
-        "restore": len(id_set.train_images) * rates.forward + fit,
-        "game": n * (sweeps * game.views * rates.forward + rates.look_up) / trainers + steps * rates.step,
-        "rank": n * (RANK + TABLE),
-        "export": kept * SUBSET,
+        "driver": DRIVER + id_bytes + DRIVER_ROW * work.images,
+        "pool actor": ACTOR + ACTOR_ROW * work.images / site.pool_actors,
+        "trainer": (GPU_TRAINER if site.gpus else TRAINER) + id_bytes,
+        "object store": float(store),
+        "Ray": RAY_ITSELF * site.nodes,
     }
 
 
-def _actors(config: Config, pool: Pool) -> int:
-    """Pool actors that a run here starts."""
-    return min(config.machines.pool_actors or min(os.cpu_count() or 1, 16), len(pool.shards))
-
-
-def told(config: Config, pool: Pool, id_set: IdSet) -> str:
-    """The prediction in lines for people."""
-    rates = measured(config, pool, id_set)
-    seconds = predicted(config, pool, id_set, rates)
-    workers = WORKER_BYTES * _actors(config, pool)
-    memory = ROW_BYTES * pool.count + BASE_BYTES * config.machines.trainers + workers
-    parts = ", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items())
-    bottleneck = max(seconds, key=lambda name: seconds[name])
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return (
-        f"time        {sum(seconds.values()):,.0f} s on a machine like this one ({device}), most of it {bottleneck}\n"
-        f"            {parts}; Ray and the actors take some ten seconds more to start\n"
-        f"            an image: {rates.decode * 1e6:,.0f} us to decode, {rates.forward * 1e6:,.0f} us a view, "
-        f"{rates.look_up * 1e6:,.0f} us to look up; {rates.step * 1e3:,.0f} ms a training step\n"
-        f"memory      some {memory / 2**30:.1f} GiB in all processes"
-    )
+def bytes_read(work: Work) -> float:
+    """From disk or store, unless it is in memory already: to decode, to hash, in every sweep, and for the subsets."""
+    each = work.stored / work.decode if work.decode else work.pixels / work.images
+    return work.stored + work.pixels * (1 + work.sweeps) + work.kept * each

@@ -7,7 +7,9 @@ an image), subset-<gamma>/ (tars of original bytes and their manifest) and repor
 command goes on after the last finished round.
 """
 
+import os
 import sys
+import time
 from typing import Any
 
 from miner import memory
@@ -21,16 +23,13 @@ def main() -> None:
     from miner.config import Config
 
     config = tyro.cli(Config, prog="python -m pipelines.resample", description=__doc__)
-    from miner.inputs import check, open_pool, plan
+    if config.output.dry_run:
+        like_a_worker()
+    from miner.inputs import check
 
     check(config)
     if config.output.dry_run:
-        pool = open_pool(config)
-        print(plan(config, pool))
-        from miner import costs
-        from trainers.data import load_id
-
-        print(costs.told(config, pool, load_id(config.data.id, config.data.size)))
+        dry_run(config)
         return
     from miner.mining import mine
 
@@ -45,6 +44,29 @@ def main() -> None:
     print(closing(mined.summary))
     for path in [*mined.subsets, mined.run / "weights", report]:
         print(path)
+
+
+def like_a_worker() -> None:
+    """Be what Ray makes of its workers, before numpy is imported: what is measured here is then what they take."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    os.nice(int(os.environ.get("RAY_worker_niceness", 15)))  # noqa: SIM112 - Ray spells it so
+
+
+def dry_run(config: Any) -> None:
+    """Print the plan and what it takes."""
+    import torch
+
+    from miner import forecast, rates
+    from miner.inputs import open_pool, plan
+    from trainers.data import load_id
+
+    forecast.check(config.fleet, torch.cuda.device_count())
+    pool = open_pool(config)
+    print(plan(config, pool))
+    started = time.perf_counter()
+    id_set = load_id(config.data.id, config.data.size)
+    found = rates.measured(config, pool, id_set, time.perf_counter() - started)
+    print(forecast.told(config, pool, id_set, found))
 
 
 def closing(summary: dict[str, Any]) -> str:

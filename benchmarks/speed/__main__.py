@@ -1,6 +1,6 @@
 """Measure what the parts of a mining cost, in turn with other ways of doing the same.
 
-    python -m benchmarks.speed decode weights neighbours loop start
+    python -m benchmarks.speed decode weights neighbours loop start costs sweep
     python -m benchmarks.speed export --pool POOL
     pip install mosaicml-streaming litdata && python -m benchmarks.speed feed
 
@@ -10,7 +10,7 @@ Prints Markdown tables: medians over --repeat repetitions, in which all ways tak
 import argparse
 from collections.abc import Callable
 
-from benchmarks.speed import decode, export, loop, neighbours, start, timing, weights
+from benchmarks.speed import costs, decode, export, loop, neighbours, start, sweep, timing, weights
 
 PARTS: dict[str, Callable[[int], None]] = {
     "decode": decode.main,
@@ -18,6 +18,8 @@ PARTS: dict[str, Callable[[int], None]] = {
     "neighbours": neighbours.main,
     "loop": loop.main,
     "start": start.main,
+    "costs": costs.main,
+    "sweep": sweep.main,
 }
 
 

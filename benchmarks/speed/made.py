@@ -18,10 +18,13 @@ from trainers.config import PretrainConfig
 from trainers.data import load_id
 
 
-def pixels(count: int, side: int) -> list[np.ndarray]:
-    """The demo's first images at ``side`` px, uint8 [side, side, 3]."""
+def pixels(count: int, side: int, seed: int = 0) -> list[np.ndarray]:
+    """The demo's first images at ``side`` px, uint8 [side, side, 3]; where it has too few, those of more seeds."""
     wanted = Image.Resampling.BICUBIC
-    return [np.asarray(Image.fromarray(one).resize((side, side), wanted)) for one in demo.pool_arrays()[0][:count]]
+    drawn, found = demo.pool_arrays(seed)[0][:count], []
+    if len(drawn) < count:
+        found = pixels(count - len(drawn), side, seed + 1)
+    return [np.asarray(Image.fromarray(one).resize((side, side), wanted)) for one in drawn] + found
 
 
 def jpeg(image: np.ndarray) -> bytes:
@@ -31,22 +34,26 @@ def jpeg(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def tars(folder: Path, images: list[np.ndarray], count: int) -> list[str]:
-    """``count`` WebDataset tars of JPEGs and labels."""
+def tars(folder: Path, images: list[np.ndarray], count: int, classes: int = 1) -> list[str]:
+    """``count`` WebDataset tars of JPEGs and labels, which go through all ``classes`` in turn."""
     folder.mkdir(parents=True)
     paths = [folder / f"{part:06d}.tar" for part in range(count)]
     for path, rows in zip(paths, np.array_split(np.arange(len(images)), count), strict=True):
         with TarWriter(path) as tar:
             for row in rows.tolist():
                 tar.write(f"{row:06d}.jpg", jpeg(images[row]))
-                tar.write(f"{row:06d}.cls", b"0")
+                tar.write(f"{row:06d}.cls", str(row % classes).encode())
     return [str(path) for path in paths]
 
 
 def pool(folder: Path, images: list[np.ndarray], shards: int) -> Pool:
     """A pool that adopts ``shards`` tars of these images, ``folder``/tars, where they lie."""
-    recipe = Recipe("tars", (str(folder / "tars"),))
     tars(folder / "tars", images, shards)
+    return adopted(folder, Recipe("tars", (str(folder / "tars"),)))
+
+
+def adopted(folder: Path, recipe: Recipe) -> Pool:
+    """The pool ``folder``/pool of what ``recipe`` names."""
     made = folder / "pool"
     made.mkdir()
     planned = prepare(recipe, str(made))
