@@ -44,7 +44,7 @@ EXPORTED = 512
 
 def measured(config: Config, pool: Pool, id_set: IdSet, id_seconds: float) -> Rates:
     """Seconds of every kind of work; ``id_seconds`` is what reading the ID set took. Errors as ``Pool.read``."""
-    images, decode = _decoded(config, pool)
+    images, decode = decoded(config, pool)
     row = rows(config, pool, id_set)
     digest = _seconds(lambda: cache.digests(images)) / len(images)
     order = np.arange(len(images), dtype=np.int32)
@@ -68,7 +68,7 @@ def _imports() -> float:
     return time.perf_counter() - started
 
 
-def _decoded(config: Config, pool: Pool) -> tuple[np.ndarray, float]:
+def decoded(config: Config, pool: Pool) -> tuple[np.ndarray, float]:
     """Images of the first shard as a pool actor maps them, uint8 ``[n, S, S, 3]``, and the seconds that one takes."""
     size, count = config.data.size, min(IMAGES, pool.shards[0].count)
     records = pool.records(0) if pool.shards[0].kind == "raw" else None

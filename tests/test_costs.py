@@ -149,7 +149,8 @@ def test_memory_and_bytes() -> None:
 # --- this machine, and others ----------------------------------------------------------------------------------------
 
 
-def test_rates_are_measured(pool: Pool, digits: IdSet) -> None:
+def test_rates_are_measured(pool: Pool, digits: IdSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "PATIENCE", 0.05)
     found = rates.measured(Config(data=Data(pool=pool.path)), pool, digits, 0.1)
     assert all(value > 0 for name, value in asdict(found).items() if name != "gpus")
     assert np.isfinite(list(asdict(found).values())).all()
@@ -173,6 +174,7 @@ def test_nothing_is_written_and_nothing_stands_in_the_way(
     before = sorted(Path(pool.path).rglob("*"))
     monkeypatch.setattr("miner.cache.decode", bad)
     monkeypatch.setattr(rates, "_imports", lambda: 1.0)
+    monkeypatch.setattr(rates, "PATIENCE", 0.05)
     config = Config(data=Data(pool=pool.path))
     told = forecast.told(config, pool, digits, rates.measured(config, pool, digits, 0.1))
     assert "GiB in all processes" in told
