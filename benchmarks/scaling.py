@@ -26,7 +26,7 @@ from miner import costs, forecast, rates
 from miner.config import Config, Data, Fleet, Machines
 from miner.costs import Part, Rates
 from miner.pool import Pool
-from miner.sources import PER_RAW, PER_TAR, Recipe
+from miner.recipe import PER_RAW, PER_TAR, Recipe
 from pipelines import resample
 from trainers import models
 from trainers.data import IdSet, load_id

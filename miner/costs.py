@@ -12,7 +12,8 @@ the slowest decides:
 - restore: every trainer takes in the whole ID set; then one sees the sample, and fits strata.
 - game: in a sweep pool actors gather blocks, the network carries them, trainers score, and the driver hands them out,
   all at once, for each trainer has a block waiting (``miner.sweep``): the slowest decides, and at the end trainers
-  wait for the last block. Then pool actors update weights; training steps are one trainer's, commits the disk's.
+  wait for the last block. Then pool actors update weights; training steps are one trainer's,
+  or with --parts some trainers', commits the disk's.
 - rank: the driver ranks, then pool actors write the table.
 - export: the driver reads and writes image after image.
 """
@@ -63,6 +64,7 @@ class Site:
     gpus: int  # of each machine
     cores: int
     trainers: int
+    training: int  # trainers that share training steps
     pool_actors: int
     bandwidth: float  # bytes a second of each machine, to disk and network; inf: all is in memory already
     dollars: float = 0.0  # a machine and hour
@@ -187,7 +189,7 @@ def _game(rates: Rates, site: Site, work: Work) -> Phases:
         {"pool actors": work.updates * rows * rates.move, "disk": work.updates * work.images * SNAPSHOT / all_bytes},
         {"driver": work.updates * work.images * rates.drive},
     ]
-    training = [{"one trainer": work.steps * rates.step}]
+    training = [{"one trainer" if site.training == 1 else "trainers": work.steps * rates.step / site.training}]
     return [*(sweep(rates, site, work, not number) for number in range(work.sweeps)), *update, *training]
 
 

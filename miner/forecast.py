@@ -47,7 +47,8 @@ def here(config: Config, work: Work, gpus: int) -> Site:
     """This machine."""
     cores = os.cpu_count() or 1
     actors = config.machines.pool_actors or min(cores, 16)
-    return Site(1, gpus, cores, config.machines.trainers, min(actors, work.shards), inf)
+    trainers = config.machines.trainers
+    return Site(1, gpus, cores, trainers, min(config.game.parts, trainers), min(actors, work.shards), inf)
 
 
 def check(fleet: Fleet, gpus: int) -> None:
@@ -68,8 +69,8 @@ def there(config: Config, work: Work) -> Site:
     fleet, cores = config.fleet, config.fleet.cores or os.cpu_count() or 1
     actors = config.machines.pool_actors or min(fleet.nodes * cores, 16)
     trainers = fleet.nodes * max(fleet.gpus, 1)
-    bandwidth = 1e9 * fleet.gigabytes
-    return Site(fleet.nodes, fleet.gpus, cores, trainers, min(actors, work.shards), bandwidth, fleet.dollars)
+    training, bandwidth = min(config.game.parts, trainers), 1e9 * fleet.gigabytes
+    return Site(fleet.nodes, fleet.gpus, cores, trainers, training, min(actors, work.shards), bandwidth, fleet.dollars)
 
 
 def rates_there(rates: Rates, fleet: Fleet, batch: int) -> Rates:

@@ -201,7 +201,7 @@ def rows(config: Config, pool: Pool, id_set: IdSet) -> dict[str, float]:
         timed("sample", lambda: frozen.sample(config, like_crew, few, uid_N2, n // 8))
         game = Game(config, like_crew, RunDir(place(folder)), few.shards, crew.display)
         _sweep(owner, few, folder)
-        timed("drive", lambda: _update(game, folder), "move")
+        timed("drive", lambda: _update(game), "move")
         outcome = Outcome(config, game.run, few, id_set, "", n, uid_N2, crew.display)
         table = timed("rank", lambda: outcome.rank(like_crew), "table")
         found["export"] = _once(lambda: outcome.export(table)) / kept
@@ -237,16 +237,17 @@ def _sweep(owner: PoolShards, pool: Pool, folder: Path) -> None:
         owner.take_scores(shard, np.arange(n), scores, str(folder / "scores"), "")
 
 
-def _update(game: Game, folder: Path) -> None:
+def _update(game: Game) -> None:
     """All that a round does to rows besides scoring."""
-    each = game.crew.each
+    each, folder = game.crew.each, game.run.round(0)
     each("class_sums")
     each("close_sweep", 0, game.config.game.smooth, np.zeros(1 << 16))
-    game.near = np.inf
     game.guard()
     if game.config.game.rule in rules.STEPWISE:
         none, sums = (np.zeros(0, np.int64), np.zeros(0)), rules.add_sums(each("root_sums"))
         each("reference_step", 0.0, 1, 1.0, sums, per_shard=[none] * len(game.shards))
     else:
         game.update(0)
+    folder.mkdir(parents=True)
     each("snapshot", str(folder))
+    game.run.commit(0)

@@ -18,7 +18,7 @@ from pipelines import resample
 from trainers.data import IdSet
 
 NOTHING = dict.fromkeys(Rates.__dataclass_fields__, 0.0) | {"gpus": 0}
-SITE = Site(nodes=1, gpus=1, cores=8, trainers=1, pool_actors=4, bandwidth=1e9)
+SITE = Site(nodes=1, gpus=1, cores=8, trainers=1, training=1, pool_actors=4, bandwidth=1e9)
 WORK = Work(
     images=100_000,
     shards=8,
@@ -108,12 +108,12 @@ def test_more_gpus_share_a_sweep_and_nothing_else() -> None:
 
 
 def test_trainers_on_cpus_share_cores() -> None:
-    cpu = Site(nodes=1, gpus=0, cores=9, trainers=1, pool_actors=1, bandwidth=np.inf)
+    cpu = Site(nodes=1, gpus=0, cores=9, trainers=1, training=1, pool_actors=1, bandwidth=np.inf)
     found = of(forward=1e-3)
     assert costs.predict(found, cpu, WORK)["game"].bound == "trainers"
     assert seconds(found, cpu)["game"] == pytest.approx(2 * 6 * 100 / 8, rel=1e-3)  # one core is left to the others
     assert seconds(found, replace(cpu, trainers=4))["game"] >= 2 * 6 * 100 / 8
-    alone = Site(nodes=1, gpus=0, cores=1, trainers=1, pool_actors=1, bandwidth=np.inf)
+    alone = Site(nodes=1, gpus=0, cores=1, trainers=1, training=1, pool_actors=1, bandwidth=np.inf)
     crowded = replace(alone, trainers=2)
     busy = replace(found, gather=1e-3)  # gathering takes the core from scoring
     assert costs.predict(busy, alone, WORK)["game"].bound == "cores"

@@ -21,7 +21,7 @@ from miner.config import Config, Data, Machines
 from miner.pool import Pool
 from miner.progress import Display
 from miner.rays import connect
-from miner.sources import Recipe
+from miner.recipe import Recipe
 from miner.sweep import Sweep, block_size, cut
 from trainers.data import load_id
 
@@ -39,7 +39,7 @@ class Pretender:
         """That this process lives."""
         return True
 
-    def score(self, images: np.ndarray, look_up: bool) -> dict[str, np.ndarray]:
+    def score(self, images: np.ndarray, look_up: bool, key: bytes) -> dict[str, np.ndarray]:
         """All columns of a first sweep."""
         time.sleep(self.seconds * len(images) / block_size(SIDE))
         row = np.zeros(len(images), np.int32)
@@ -94,7 +94,9 @@ def _run(crew: Crew, pool: Pool, display: Display, folder: str, stamp: str) -> t
     """Seconds of a sweep, and those that the driver's thread worked a block."""
     masks = [mask for _, mask in crew.each("open_sweep", folder, stamp)]
     began, started = time.thread_time(), time.perf_counter()
-    Sweep(crew, display, True, folder, stamp).run(cut(masks, [shard.count for shard in pool.shards], block_size(SIDE)))
+    Sweep(crew, display, True, False, folder, stamp).run(
+        cut(masks, [shard.count for shard in pool.shards], block_size(SIDE))
+    )
     blocks = IMAGES / block_size(SIDE)
     return time.perf_counter() - started, (time.thread_time() - began) / blocks
 
@@ -103,7 +105,7 @@ def _predicted(trainers: int, shards: int) -> float:
     """What the model says."""
     nothing = dict.fromkeys(costs.Rates.__dataclass_fields__, 0.0)
     rates = costs.Rates(**nothing | {"gpus": trainers, "forward": SECONDS[trainers] / block_size(SIDE)})  # type: ignore[arg-type]
-    site = costs.Site(1, trainers, POOL_ACTORS, trainers, POOL_ACTORS, np.inf)
+    site = costs.Site(1, trainers, POOL_ACTORS, trainers, 1, POOL_ACTORS, np.inf)
     none = dict.fromkeys(costs.Work.__dataclass_fields__, 0)
     known = {"images": IMAGES, "shards": shards, "size": SIDE, "views": 1, "block": block_size(SIDE)}
     return max(costs.sweep(rates, site, costs.Work(**none | known), False).values())  # type: ignore[arg-type]
