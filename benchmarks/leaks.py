@@ -51,7 +51,7 @@ class Benchmark:
     """Clean images taken from the pool, evenly."""
     each: int = 200
     """Leaks of each kind."""
-    alarms: float = 0.01
+    alarms: float = 0.001
     """Share of clean ID test images that may exceed the threshold."""
     seed: int = 0
     """Of what is planted."""

@@ -39,9 +39,11 @@ MEANING = {
     "label": "the pool's own class, an index into its `classes`; null: none",
     "width": "pixels; 0 where the image does not decode",
     "height": "pixels; 0 where the image does not decode",
-    "excluded_by": "why it is not eligible (`duplicate`, `decode`, `id-duplicate`, `near-id`, ...); null: it is",
+    "excluded_by": "why it is not eligible (`duplicate`, `decode`, `id-duplicate`, `near-id`, ...; of "
+    "`excluded.parquet`: `audit:SET`, `class:NAME`, `opt-out` or what `--reason` said); null: it is",
+    "excluded.excluded_by": "why it was taken out after mining",
     "index.excluded_by": "why the image is out of every mining from the start; null: it is not",
-    "weight": "mean 1 over eligible rows; 0 where excluded",
+    "weight": "mean 1 over rows that were eligible when mined; 0 where excluded",
     "manifest.weight": "as in the weights table",
     "loss": "latest KL(U‖p) (paper Eq. 5), over views and smoothed",
     "loss_mean": "mean over all visits",
@@ -58,6 +60,16 @@ MEANING = {
     "tar": "file of the subset that holds it",
     "tar_offset": "first byte of the image in that tar",
     "tar_size": "bytes there",
+    "audit.row": "row in the pool, all shards joined, or in the subset's manifest",
+    "set": "reference set: `NAME train` and `NAME test` of the ID set, or an OOD test set",
+    "set_row": "row there",
+    "set_key": "key there",
+    "kind": "`exact`, `re-encoded`, `flipped`, `cropped`, `flipped+cropped`",
+    "detail": "correlation of edges and texture after alignment; above the threshold it is a copy",
+    "correlation": "of all pixels after alignment",
+    "scale": "side of the window of the reference that the image shows, in units of its side; 1: all of it",
+    "x": "centre of the window, in units of the side, from the left",
+    "y": "from the top",
 }
 
 
@@ -76,12 +88,21 @@ def shown(name: str) -> str:
 
 def tables() -> dict[str, pa.Schema]:
     """The schemas that others may rely on, by the name of their mark in formats.md."""
+    from miner.audit import PAIRS
+    from miner.exclude import LIST
     from miner.pool import INDEX_SCHEMA
     from miner.source_uids import SCHEMA
     from miner.subset import MANIFEST
     from miner.weights import TABLE
 
-    return {"index": INDEX_SCHEMA, "sources": SCHEMA, "weights": TABLE, "manifest": MANIFEST}
+    return {
+        "index": INDEX_SCHEMA,
+        "sources": SCHEMA,
+        "weights": TABLE,
+        "manifest": MANIFEST,
+        "audit": PAIRS,
+        "excluded": LIST,
+    }
 
 
 def table(name: str, schema: pa.Schema) -> str:

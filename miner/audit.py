@@ -36,8 +36,10 @@ PAIRS = pa.schema(
         pa.field("kind", pa.string(), nullable=False),  # one of KINDS
         pa.field("detail", pa.float32(), nullable=False),  # correlation of edges and texture, which decides
         pa.field("correlation", pa.float32(), nullable=False),  # of the aligned pixels
-        pa.field("scale", pa.float32(), nullable=False),  # window of the reference, in units of its side
-        pa.field("x", pa.float32(), nullable=False),
+        pa.field(
+            "scale", pa.float32(), nullable=False
+        ),  # side of the window of the reference that is seen, share of its own
+        pa.field("x", pa.float32(), nullable=False),  # its centre, likewise
         pa.field("y", pa.float32(), nullable=False),
     ]
 )
@@ -230,7 +232,7 @@ def _pairs(
         digests, order = known[name]
         at = np.minimum(np.searchsorted(digests, ours), len(digests) - 1)
         for query in np.flatnonzero(digests[at] == ours).tolist():
-            add(query, name, int(order[at[query]]), "exact", 1.0, 1.0, 1.0, 0.0, 0.0)
+            add(query, name, int(order[at[query]]), "exact", 1.0, 1.0, 1.0, 0.5, 0.5)
             seen.add((query, number))
     pairs = copies.find(images)
     pairs = pairs.where(pairs.detail > limit)
