@@ -86,8 +86,7 @@ class Course(NamedTuple):
 
 def course(config: Quality, selector: str, draw: int) -> Course:
     """The run of a rule with one seed, played now if it was not before."""
-    from miner.mine import Mining
-
+    from miner.mining import Mining
     from miner.progress import Display
 
     class Watched(Mining):
@@ -182,8 +181,8 @@ def converging(config: Quality) -> None:
         runs = [course(config, rule, draw) for draw in config.draws]
         for draw, end in zip(config.draws, runs, strict=True):
             rounds, work, seconds = reached(runs[0], agreements(runs[0], end.weights[-1]))
-            rows.append((rule, f"seed {draw}", rounds, work, seconds, f"{recipe / work:.2g} times"))
-    head = ("rule", "end of", "rounds", "forwards", "seconds", "the released recipe costs")
+            rows.append((rule, f"seed {draw}", rounds, work, seconds, recipe / work))
+    head = ("rule", "end of", "rounds", "forwards", "seconds", "released recipe, times as much")
     table(f"Spearman {GOAL} of the weights; the released recipe: {recipe:,} forwards", head, rows)
 
 
