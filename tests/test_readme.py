@@ -38,7 +38,8 @@ def paste(home: Path, text: str) -> str:
 def test_the_blocks_are_those_that_are_run_here() -> None:
     starts = [(kind, text.split()[2] if kind == "bash" else text.split()[0]) for kind, text in BLOCKS]
     first = "pipelines.setup"
-    assert starts == [("bash", first), ("bash", first), ("python", "from"), ("bash", "pipelines.export")]
+    rest = [("python", "from"), ("bash", "pipelines.export"), ("bash", "pipelines.audit")]
+    assert starts == [("bash", first), ("bash", first), *rest]
     assert BLOCKS[1][1] == SETUP + ".venv/bin/python -m pytest\n"  # what runs this
 
 
@@ -71,3 +72,7 @@ def test_rehydrating_as_shown(home: Path, demo: str) -> None:
     paste(home, BLOCKS[3][1])
     tar = "outliers-000000.tar"
     assert (home / "subset-0.01" / tar).read_bytes() == (home / "runs" / "demo" / "subset-0.01" / tar).read_bytes()
+
+
+def test_an_audit_as_shown(home: Path, demo: str) -> None:
+    assert "audit.html" in paste(home, BLOCKS[4][1])
