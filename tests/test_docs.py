@@ -27,14 +27,26 @@ def test_columns_are_the_documented_ones(generate: ModuleType) -> None:
     assert generate.formats(text) == text
 
 
+def documented() -> dict[str, str]:
+    """What docs/commands.md shows of each command."""
+    text = (ROOT / "docs" / "commands.md").read_text()
+    return dict(re.findall(r"^## python -m pipelines\.(\w+)\n\n```text\n(.*?)^```", text, re.M | re.S))
+
+
 def test_flags_are_the_documented_ones(generate: ModuleType) -> None:
     """Likewise; the words of the help may differ with the version of what draws it."""
-    text = (ROOT / "docs" / "commands.md").read_text()
-    documented = dict(re.findall(r"^## python -m pipelines\.(\w+)\n\n```text\n(.*?)^```", text, re.M | re.S))
-    assert sorted(documented) == generate.commands()
-    for name, shown in documented.items():
-        found, wanted = (re.findall(r"^[│ ]*(--[a-z][a-z0-9.-]*)", t, re.M) for t in (generate.shown(name), shown))
+    assert sorted(documented()) == generate.commands()
+    for name, text in documented().items():
+        found, wanted = (re.findall(r"^[│ ]*(--[a-z][a-z0-9.-]*)", t, re.M) for t in (generate.shown(name), text))
         assert found == wanted, name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_have_the_flags_that_are_shown_with_them(path: Path) -> None:
+    text = re.sub(r"\\\n\s*", "", path.read_text())  # lines that go on
+    for name, rest in re.findall(r"python -m pipelines\.(\w+)([^`\n&|]*)", text):
+        for flag in re.findall(r" (--[a-z][a-z.-]*)", rest):
+            assert re.search(rf"^[│ ]*{flag}\b", documented()[name], re.M) or flag == "--help", (name, flag)
 
 
 def test_the_architecture_names_every_module_and_no_other() -> None:
