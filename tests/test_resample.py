@@ -25,6 +25,7 @@ FLAGS = {
     *("gamma", "draw", "strata", "exclude-near-id", "guard"),
     *("pool-actors", "trainers", "resident", "threads", "parts", "address", "autoscale", "out", "resume", "dry-run"),
     *(f"pretrain.{name}" for name in ("epochs", "batch", "lr", "warmup", "weight-decay", "label-smoothing")),
+    *(f"fleet.{name}" for name in ("nodes", "gpus", "cores", "gpu-images", "gpu-look-ups", "gigabytes", "dollars")),
 }
 
 TRAIN_FLAGS = {
@@ -55,7 +56,7 @@ def test_flags_are_frozen(help_text: dict[str, str]) -> None:
     assert found == FLAGS
     found = set(re.findall(r"^[│ ]*--([a-z][a-z.-]*)", help_text["train"], re.M))
     assert found == TRAIN_FLAGS
-    for group in ("data", "game", "selection", "machines", "output", "pretrain"):
+    for group in ("data", "game", "selection", "machines", "output", "pretrain", "fleet"):
         assert f"{group} options" in help_text["resample"]
 
 
