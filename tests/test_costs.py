@@ -15,6 +15,7 @@ from miner.costs import Rates, Site, Work
 from miner.errors import UsageError
 from miner.pool import Pool
 from pipelines import resample
+from trainers.config import PretrainConfig
 from trainers.data import IdSet
 
 NOTHING = dict.fromkeys(Rates.__dataclass_fields__, 0.0) | {"gpus": 0}
@@ -149,13 +150,23 @@ def test_memory_and_bytes() -> None:
 # --- this machine, and others ----------------------------------------------------------------------------------------
 
 
-def test_rates_are_measured(pool: Pool, digits: IdSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "PATIENCE", 0.05)
-    found = rates.measured(Config(data=Data(pool=pool.path)), pool, digits, 0.1)
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little is measured, and no process is started for it."""
+    monkeypatch.setattr(rates, "PATIENCE", 0.01)
+    monkeypatch.setattr(rates, "POINTS", 512)
+    monkeypatch.setattr(rates, "_imports", lambda: 1.0)
+
+
+SMALL = Config(game=Game(views=2, batch=32), pretrain=PretrainConfig(batch=32))
+
+
+def test_rates_are_measured(pool: Pool, digits: IdSet, quick: None) -> None:
+    found = rates.measured(SMALL, pool, digits, 0.1)
     assert all(value > 0 for name, value in asdict(found).items() if name != "gpus")
     assert np.isfinite(list(asdict(found).values())).all()
     assert 1e-6 < found.decode < 1e-2
-    assert found.step > 100 * found.forward  # there and back on 256 images
+    assert found.step > 32 * found.forward  # there and back on 64 images
     assert found.pretrain > found.forward / 2
 
 
@@ -166,16 +177,14 @@ def test_the_rules_that_update_otherwise_are_measured(pool: Pool, digits: IdSet)
 
 
 def test_nothing_is_written_and_nothing_stands_in_the_way(
-    pool: Pool, digits: IdSet, monkeypatch: pytest.MonkeyPatch
+    pool: Pool, digits: IdSet, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bad(data: bytes, size: int) -> np.ndarray:
         raise ValueError("no image")
 
     before = sorted(Path(pool.path).rglob("*"))
     monkeypatch.setattr("miner.cache.decode", bad)
-    monkeypatch.setattr(rates, "_imports", lambda: 1.0)
-    monkeypatch.setattr(rates, "PATIENCE", 0.05)
-    config = Config(data=Data(pool=pool.path))
+    config = replace(SMALL, data=Data(pool=pool.path, checkpoint="net.safetensors"))
     told = forecast.told(config, pool, digits, rates.measured(config, pool, digits, 0.1))
     assert "GiB in all processes" in told
     assert sorted(Path(pool.path).rglob("*")) == before
