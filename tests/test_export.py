@@ -228,3 +228,20 @@ def test_croissant_is_valid_and_its_records_iterate(
     found = {image[f"images/{name}"].decode(): np.asarray(image["images/image"]) for image in images}
     assert found.keys() == expected.keys()
     assert all(np.array_equal(pixels, PIXELS[expected[key]]) for key, pixels in found.items())
+
+
+ALWAYS = {"manifest.parquet", "subset.json", "README.md", "croissant.json"}
+LAYOUT = {
+    "webdataset": {"outliers-000000.tar", "outliers-000001.tar", "outliers-000002.tar", "sizes.json"},
+    "manifest": {"sizes.json"},
+    "imglist": {"imglist.txt", "images"},
+    "npy": {"outliers.npy"},
+    "datacomp": {"uids.npy"},
+    "parquet": {"data"},
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_layout_changes_on_purpose_only(style: str, exports: dict[str, Path]) -> None:
+    """Others find files by these names: see docs/formats.md, and say in CHANGELOG.md what has changed."""
+    assert {path.name for path in exports[style].iterdir()} == ALWAYS | LAYOUT[style]
