@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
-RAY = 1.3  # that a private Ray takes to start, in trainers' imports: both are mostly work of Python
+RAY, WORKER = 3.0, 1.6  # what driver with a private Ray, and a trainer's process, take to start, in trainers' imports
 BLOCK, BLOCK_TRAINER = 1.3e-3, 1.2e-5  # the driver's seconds a block, and more for each trainer: benchmarks.speed sweep
 CALL = 2.5e-4  # the driver's seconds to send an actor one call
 ID_SAMPLE = 5_000  # ID images that say how near is near
@@ -37,8 +37,8 @@ class Rates:
     """Seconds that a run's work costs. A scorer is a GPU, or one core of a trainer on CPUs."""
 
     gpus: int  # of the machine; 0: cores scored
-    decode: float  # an image: read and decoded, by a core
-    digest: float  # an image: hashed, by a core
+    decode: float  # an image: read, decoded and written to the cache, by a core
+    digest: float  # an image: hashed and compared with the ID set, by a core
     gather: float  # an image: copied out of the cache and into Ray's store, by a core
     forward: float  # an image: one view, by a scorer
     look_up: float  # an image: nearest ID images and stratum, by a GPU or a core
@@ -154,7 +154,7 @@ def _start(rates: Rates, site: Site, work: Work) -> Phases:
     at_once = (site.trainers + site.pool_actors / 4) / site.nodes / site.cores
     return [
         {"driver": rates.id_set + work.images * rates.index},
-        {"processes": rates.imports * (RAY + max(at_once, 1.0))},
+        {"processes": rates.imports * (RAY + WORKER * max(at_once, 1.0))},
     ]
 
 

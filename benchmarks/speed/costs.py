@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.speed import made
 from benchmarks.speed.timing import table
+from miner.errors import MinerError
 
 ID, CLASSES, SHARDS = 50_000, 10, 6
 MOST = 60_000
@@ -82,10 +83,10 @@ def _once(case: Case, folder: Path, flags: list[str]) -> None:
     pool, out = folder / str(case.images) / "pool", folder / "run"
     words = [sys.executable, "-m", "pipelines.resample", f"--pool={pool}", f"--id={folder / 'id'}", f"--out={out}"]
     words += ["--exclude-near-id=0.999", *flags]  # drawn alike: a stricter guard would leave nothing
-    told = subprocess.run([*words, "--dry-run"], check=True, capture_output=True, text=True).stdout
+    told = _run([*words, "--dry-run"])
     predicted = {name: float(value.replace(",", "")) for name, value in PARTS.findall(told)}
     predicted["GiB"] = float(MEMORY.findall(told)[0])
-    subprocess.run(words, check=True, capture_output=True)
+    _run(words)
     summary = json.loads((out / "summary.json").read_text())
     used = sum(row.get("peak_rss_bytes", 0) - row.get("file_bytes", 0) for row in summary["memory"])
     case.predicted.append(predicted)
@@ -94,6 +95,14 @@ def _once(case: Case, folder: Path, flags: list[str]) -> None:
         shutil.copy(out / "classifier.safetensors", folder / "net.safetensors")
     shutil.rmtree(out)
     shutil.rmtree(pool / "cache")
+
+
+def _run(words: list[str]) -> str:
+    """What a command prints; MinerError with its last words when it fails."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MinerError(f"{' '.join(words)}: exit code {done.returncode}: {done.stderr[-500:]}")
+    return done.stdout
 
 
 def _tell(case: Case) -> None:
