@@ -87,25 +87,6 @@ def ahead(method: Any, calls: list[tuple[Any, ...]]) -> Iterator[np.ndarray]:
         yield ray.get(on_the_way.pop(0))
 
 
-@ray.remote(num_cpus=0)
-class Ready:
-    """Has one block of pixels in memory, and nothing to do."""
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels.copy()
-
-    def block(self) -> np.ndarray:
-        """The same block again."""
-        return self.pixels
-
-
-def bare_ray(files: Files) -> Way:
-    """What the object store allows: an actor that only returns a ready block, which is copied in and mapped out."""
-    size = min(block_size(files.side), IMAGES // TARS)
-    actor = Ready.remote(files.pixels[:size])
-    return lambda: consumed(ahead(actor.block, [()] * (IMAGES // size)))
-
-
 def loader(dataset: Any) -> Way:
     """torch's DataLoader over ``dataset`` with one worker."""
     options: dict[str, Any] = {"batch_size": BATCH, "num_workers": 1, "collate_fn": stacked, "persistent_workers": True}
@@ -179,7 +160,6 @@ def main(repeat: int) -> None:
     connect(None, num_cpus=2)
     ray.data.DataContext.get_current().enable_progress_bars = False
     others: dict[str, Callable[[Files], Way]] = {
-        "a ready block through Ray": bare_ray,
         "webdataset 1.0 + PIL": web_dataset,
         "ImageFolder": image_folder,
         "ray.data.read_webdataset": ray_data,
