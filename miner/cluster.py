@@ -246,9 +246,13 @@ def _nodes() -> list[str]:
 
 
 def _place(number: int) -> Any:
-    """Pool actors take turns over the machines: softly, so that one that dies meanwhile does not matter."""
+    """Pool actors take turns over the machines.
+
+    A soft wish is not kept: Ray spills a start to whichever machine has a process ready, and two actors would then
+    share one machine's disk. A machine that dies meanwhile makes a lost actor like any other, and the next takes over.
+    """
     nodes = _nodes()
-    return NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
+    return NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=False)
 
 
 def _count(kind: str) -> int:

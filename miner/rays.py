@@ -20,6 +20,7 @@ from miner.errors import MinerError
 
 GONE = (
     exceptions.RayActorError,  # it died, or its machine no longer answers
+    exceptions.ActorUnschedulableError,  # the machine on which it was to start is gone
     exceptions.ObjectLostError,  # what it had made is gone with its machine
     exceptions.WorkerCrashedError,
     exceptions.NodeDiedError,

@@ -93,15 +93,27 @@ def disturbed(
     return dict(json.loads((out / "summary.json").read_text()))
 
 
+def tree(node: Any) -> dict[int, bytes]:
+    """The processes of one node of a Cluster: {pid: command line}."""
+    (raylet,) = node.all_processes["raylet"]
+    return processes(raylet.process.pid)
+
+
+def works(node: Any) -> bool:
+    """Whether Ray has set a pool actor on a node."""
+    return any(line.startswith(b"ray::PoolShards") for line in tree(node).values())
+
+
 def test_a_cluster_that_loses_a_node_gives_the_bytes_of_one_machine(
     pool: Path, here: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
     """Three nodes, a pool actor on each, two trainers; one node is killed in the middle of a round."""
+
     node = min(cluster.worker_nodes, key=lambda node: str(node.node_id))
 
     def lose() -> None:
-        (raylet,) = node.all_processes["raylet"]
-        for pid in processes(raylet.process.pid):  # as a machine goes: all at once, not the workers some time later
+        assert all(works(node) for node in [cluster.head_node, *cluster.worker_nodes])
+        for pid in tree(node):  # as a machine goes: all at once, not the workers some time later
             os.kill(pid, signal.SIGKILL)
         cluster.remove_node(node, allow_graceful=False)
 
