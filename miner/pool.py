@@ -41,9 +41,9 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 HINTS = {
-    "imagenet": "make it: python -m pipelines.shard --source folder --input IMAGENET/train --name imagenet",
-    "tiny-images": "its authors withdrew 80 Million Tiny Images, so nothing is downloaded; adopt your "
-    "own copy: python -m pipelines.shard --source tiny-images --input tiny_images.bin --name tiny-images",
+    "imagenet": "make it: python -m pipelines.shard --input IMAGENET/train --name imagenet",
+    "tiny-images": "its authors withdrew 80 Million Tiny Images, so nothing is downloaded; adopt your own copy: "
+    "python -m pipelines.shard --input tiny_images.bin --name tiny-images",
 }
 
 
@@ -193,9 +193,7 @@ class Pool:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise MinerError(f"{path}: damaged ({error}); make the pool again") from None
 
-    def _rows(
-        self, read: Callable[[pq.ParquetFile], pa.Table], shards: range, parquet: pq.ParquetFile | None = None
-    ) -> pa.Table:
+    def _rows(self, read: Callable[[Any], pa.Table], shards: range, parquet: Any = None) -> pa.Table:
         """What ``read`` reads of the index, checked: the index may come from anywhere, and much is looked up by it."""
         parquet = parquet or self._parquet()
         try:
@@ -231,10 +229,8 @@ class Pool:
         groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
         counts = [shard.count for shard in self.shards]
         if groups != counts or sum(counts) != self.count:
-            raise MinerError(
-                f"{self.path}/index.parquet: {sum(groups)} rows in {len(groups)} shards; pool.json says "
-                f"{self.count} in {len(counts)}; make the pool again"
-            )
+            there, told = f"{sum(groups)} rows in {len(groups)} shards", f"{self.count} in {len(counts)}"
+            raise MinerError(f"{self.path}/index.parquet: {there}; pool.json says {told}; make the pool again")
         local = {shard.path for shard in self.shards if not is_url(shard.path)}
         sizes = {path: regular_size(path) for path in local}
         for shard in self.shards:

@@ -155,6 +155,8 @@ def text(found: dict[str, Any]) -> str:
         if state != "finished" and found.get("phase"):
             lines.append(progress(found, state == "running"))
     of = f" of {found['rounds']}" if found.get("rounds") else ""
+    if of and unit == "round" and state == "finished" and found["committed"] < found["rounds"]:
+        of += ": the ranking had converged"
     committed = f"{unit}s committed: {found['committed']}{of}"
     figures = {"l_out": "L_out {:.4f}", "effective_sample_size": "effective sample size {:,.0f}", "loss": "loss {:.4f}"}
     last = found.get("last") or {}

@@ -163,7 +163,7 @@ def test_names_resolve(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("s3://bucket/pool") == "s3://bucket/pool"
     with pytest.raises(UsageError) as error:
         resolve("imagenet")
-    assert "python -m pipelines.shard --source folder --input IMAGENET/train --name imagenet" in str(error.value)
+    assert "python -m pipelines.shard --input IMAGENET/train --name imagenet" in str(error.value)
     with pytest.raises(UsageError, match=r"withdrew .* nothing is downloaded; adopt your own copy"):
         resolve("tiny-images")
     with pytest.raises(UsageError, match="no pool 'nosuch'"):

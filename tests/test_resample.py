@@ -43,7 +43,7 @@ def test_ci_runs_the_readme_test_command() -> None:
         (("--exclude-near-id", "1"), "[0, 1)"),
         (("--rule", "dos", "--strata", "0"), "--rule dos --strata 0"),
         (("--rounds", "0"), "--rounds 0"),
-        (("--pool", "imagenet"), "python -m pipelines.shard --source folder"),
+        (("--pool", "imagenet"), "python -m pipelines.shard --input IMAGENET/train"),
         (("--pool", "tiny-images"), "withdrew"),
         (("--pool", "pipe:cat x"), "refused"),
     ],

@@ -279,6 +279,7 @@ def test_runs_without_a_heartbeat_are_judged_by_what_they_left(run: Path) -> Non
     assert "rounds committed: 3 of 5, L_out 1.2500" in status.text(seen)
     write_json(run / "summary.json", {})
     assert status.look(run)["state"] == "finished"
+    assert "rounds committed: 3 of 5: the ranking had converged, L_out" in status.text(status.look(run))
 
 
 def test_a_summary_outlives_a_last_heartbeat_that_was_lost(run: Path) -> None:
