@@ -1,5 +1,6 @@
 """Which images of a pool or subset are images of the ID set or of an OOD test set, or copies of them."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,8 @@ from miner.subset import Subset
 from trainers.image_set import ImageSet
 
 KINDS = ("exact", "re-encoded", "flipped", "cropped", "flipped+cropped")
+SAVE = 60.0  # seconds between two times that what was found is kept
+SEED = 0
 MOST_CLEAN = 10_000  # ID test images that say how much unrelated images agree
 
 PAIRS = pa.schema(
@@ -47,13 +50,17 @@ PAIRS = pa.schema(
 
 @dataclass(frozen=True)
 class Target:
-    """What is audited. ``blocks`` gives (rows int64 ``[n]``, images uint8 ``[n, S, S, 3]``), ``named`` uids, keys."""
+    """What is audited.
+
+    ``blocks(first)`` gives (rows int64 ``[n]``, images uint8 ``[n, S, S, 3]``) from row ``first`` on, the row after a
+    block or 0; ``named`` uids and keys.
+    """
 
     name: str
     path: str
     fingerprint: str
     count: int
-    blocks: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
+    blocks: Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
     named: Callable[[np.ndarray], tuple[list[str], list[str]]]
     encoded: Callable[[int], bytes]
     undecodable: list[str] = field(default_factory=list)
@@ -63,16 +70,18 @@ def pool_target(pool: Pool, size: int) -> Target:
     """All images of a pool at ``size`` px but those of its exclusion list and those that do not decode."""
     bad_keys: list[str] = []
 
-    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def blocks(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         bad_keys.clear()
         edges = pool.edges.tolist()
         for shard, part in enumerate(pool.index_parts(["excluded_by"])):
+            if edges[shard + 1] <= first:
+                continue
             images, bad = open_shard(pool, shard, size)
             keep = pc.is_null(part["excluded_by"]).to_numpy().copy()
             keep[list(bad)] = False
             bad_keys.extend(f"{pool.shards[shard].name}: row {row}: {reason}" for row, reason in bad.items())
             rows = np.flatnonzero(keep)
-            for start in range(0, len(rows), BLOCK):
+            for start in range(int(np.searchsorted(rows, first - edges[shard])), len(rows), BLOCK):
                 here = rows[start : start + BLOCK]
                 yield here + edges[shard], gather(images, here)
 
@@ -101,9 +110,9 @@ def subset_target(subset: Subset, size: int) -> Target:
     bad_keys: list[str] = []
     uids, keys = (subset.manifest[name] for name in ("uid", "key"))
 
-    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def blocks(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         bad_keys.clear()
-        for start in range(0, len(subset), BLOCK):
+        for start in range(first // BLOCK * BLOCK, len(subset), BLOCK):
             rows, images = [], []
             for row in range(start, min(start + BLOCK, len(subset))):
                 try:
@@ -148,41 +157,59 @@ def _fingerprint(images: ImageSet) -> str:
 
 
 def audit(
-    target: Target, sets: Mapping[str, ImageSet], clean: str, alarms: float, display: Display, seed: int = 0
+    target: Target, sets: Mapping[str, ImageSet], clean: str, alarms: float, display: Display, kept: Place | None = None
 ) -> Audit:
     """Compare every image of ``target`` with all of ``sets``, which are opened at one size, in bounded memory.
 
     ``clean`` names the set (the ID test images) that the threshold is measured on: at most a share ``alarms`` of its
-    images, turned upside down so that they are copies of nothing, agrees as well with any reference.
+    images, turned upside down so that they are copies of nothing, agrees as well with any reference. What is found is
+    written to ``kept`` every minute, and an audit that was interrupted goes on from there.
     """
     display.phase("index", sum(map(len, sets.values())))
-    copies = Copies(sets, torch.get_num_threads(), seed, display.advance)
-    limit, measured = _calibrated(copies, list(sets).index(clean), alarms, display, seed)
+    copies = Copies(sets, torch.get_num_threads(), SEED, display.advance)
+    limit, measured = _calibrated(copies, list(sets).index(clean), alarms, display)
+    about = settings(target, sets, alarms) | {"target": target.name, "path": target.path, "threshold": limit}
+    about |= {"clean": clean, **measured}
     known = {name: _sorted(images) for name, images in sets.items()}
-    display.phase("audit", target.count)
-    tables, checked, started = [PAIRS.empty_table()], 0, time.monotonic()
-    for rows, images in target.blocks():
+    before = _begun(kept, about)
+    if before.about["checked"]:
+        display.say(f"going on after {before.about['checked']:,} images that were audited before")
+    display.phase("audit", target.count, before.about["next"])
+    tables, told, started = [before.table], before.about, time.monotonic()
+
+    def so_far() -> Audit:
+        seconds = before.about["seconds"] + time.monotonic() - started
+        bad = list(dict.fromkeys([*before.about["undecodable"], *target.undecodable]))[:20]
+        tables[:] = [pa.concat_tables(tables).combine_chunks()]
+        return Audit(tables[0], about | told | {"seconds": round(seconds, 2), "undecodable": bad})
+
+    saved = started
+    for rows, images in target.blocks(told["next"]):
         tables.append(_pairs(target, sets, known, copies, limit, rows, images))
-        checked += len(rows)
+        told = {"checked": told["checked"] + len(rows), "next": int(rows[-1]) + 1}
         display.advance(len(rows))
-    seconds = time.monotonic() - started
-    about = settings(target, sets, alarms) | {
-        "target": target.name,
-        "path": target.path,
-        "checked": checked,
-        "undecodable": target.undecodable[:20],
-        "threshold": limit,
-        "clean": clean,
-        **measured,
-        "seconds": round(seconds, 2),
-    }
-    return Audit(pa.concat_tables(tables).combine_chunks(), about)
+        if kept is not None and time.monotonic() - saved > SAVE:
+            write_audit(so_far(), kept)
+            saved = time.monotonic()
+    return so_far()
 
 
-def _calibrated(copies: Copies, clean: int, alarms: float, display: Display, seed: int) -> tuple[float, dict[str, Any]]:
+def _begun(kept: Place | None, about: dict[str, Any]) -> Audit:
+    """What an interrupted audit with the same settings and threshold had found, or nothing."""
+    with contextlib.suppress(MinerError, KeyError, TypeError, ValueError):
+        if kept is not None and kept.exists():
+            found = read_audit(kept)
+            told: dict[str, Any] = {name: int(found.about[name]) for name in ("checked", "next")}
+            told |= {"seconds": float(found.about["seconds"]), "undecodable": list(found.about["undecodable"])}
+            if about.items() <= found.about.items():
+                return Audit(found.table, told)
+    return Audit(PAIRS.empty_table(), {"checked": 0, "next": 0, "seconds": 0.0, "undecodable": []})
+
+
+def _calibrated(copies: Copies, clean: int, alarms: float, display: Display) -> tuple[float, dict[str, Any]]:
     """The threshold, and how ID test images agree with the references: upside down, and as they are."""
     images = copies.sets[clean]
-    rows = np.sort(np.random.default_rng(seed).permutation(len(images))[:MOST_CLEAN])
+    rows = np.sort(np.random.default_rng(SEED).permutation(len(images))[:MOST_CLEAN])
     display.phase("calibrate", 2 * len(rows))
     down, upright = [], []
     for start in range(0, len(rows), BLOCK):

@@ -5,7 +5,8 @@ python -m pipelines.audit runs/imagenet --ood svhn dtd --exclude
 
 Exact ones are found by decoded pixels; re-encoded, mirrored and cropped ones by thumbnails of all windows of the known
 images (FAISS) and the correlation of aligned detail, above a threshold that is measured on ID test images and printed.
-Leaves audit.parquet (one row a pair) and audit.html (the pairs side by side). With --exclude a run's weights table and
+Leaves audit.parquet (one row a pair) and audit.html (the pairs side by side). Stopped? The same command goes on where
+it was. With --exclude a run's weights table and
 subsets are cut again without them, and without mining: see pipelines.exclude.
 """
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from miner.files import Place
     from miner.progress import Display
     from trainers.image_set import ImageSet
+
+
+PART = ".audit.part.parquet"  # what an audit that was interrupted had found
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,10 @@ def run(config: AuditConfig, display: "Display") -> "tuple[Audit, Place, Place |
         except MinerError:
             pass  # damaged: it is made again
     out.mkdir(parents=True, exist_ok=True)
-    found = audit(target, sets, clean, config.alarms, display)
+    found = audit(target, sets, clean, config.alarms, display, kept=out / PART)
     write_file(out / "audit.html", page_of(found, target, sets).encode())
     write_audit(found, path)  # last: what it says is done
+    (out / PART).unlink(missing_ok=True)
     return found, out, of_run
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from PIL import Image
 from benchmarks.leaks import KINDS as PLANTED
 from benchmarks.leaks import copied
 from miner import aligned
+from miner import audit as audit_module
 from miner.audit import Audit, read_audit, write_audit
 from miner.build import write_arrays_pool
 from miner.copies import Copies, Pairs, best, kinds, threshold
@@ -139,6 +141,35 @@ def test_an_audit_is_kept_and_not_done_twice(audited: Audit, folder: Path) -> No
         read_audit(path.with_name("cut.parquet"))
     write_audit(found, path.with_name("again.parquet"))
     assert path.with_name("again.parquet").read_bytes() == path.read_bytes()
+
+
+def test_an_interrupted_audit_goes_on_where_it_was(
+    audited: Audit, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = AuditConfig(str(folder / "pool"), id=str(folder / "id"), ood=(str(folder / "ood.npy"),), out=str(tmp_path))
+    calls, part_way, pairs = list[int](), list[bool](), audit_module._pairs
+
+    def counted(*args: Any) -> pa.Table:
+        calls.append(len(args[5]))
+        if len(calls) == 2 and not part_way:
+            part_way.append(True)
+            raise KeyboardInterrupt
+        return pairs(*args)
+
+    monkeypatch.setattr(audit_module, "_pairs", counted)
+    monkeypatch.setattr(audit_module, "SAVE", -1.0)
+    with Display() as display, pytest.raises(KeyboardInterrupt):
+        run(asked, display)
+    assert not (tmp_path / "audit.parquet").exists()
+    part = read_audit(tmp_path / ".audit.part.parquet")
+    assert 0 < part.about["checked"] == part.about["next"] < audited.about["checked"]
+    calls.clear()
+    with Display() as display:
+        found, _, _ = run(asked, display)
+    assert sum(calls) == audited.about["checked"] - part.about["checked"]
+    assert found.table.equals(audited.table)
+    assert found.about | {"seconds": 0} == audited.about | {"seconds": 0}
+    assert not (tmp_path / ".audit.part.parquet").exists()
 
 
 def test_a_subset_is_audited_like_its_pool(audited: Audit, folder: Path, tmp_path: Path) -> None:
