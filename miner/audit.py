@@ -26,6 +26,7 @@ from trainers.image_set import ImageSet
 KINDS = ("exact", "re-encoded", "flipped", "cropped", "flipped+cropped")
 SAVE = 60.0  # seconds between two times that what was found is kept
 SEED = 0
+FLOOR = 0.5  # least threshold: unrelated natural images seldom reach it, and copies lie above it anyway
 MOST_CLEAN = 10_000  # ID test images that say how much unrelated images agree
 
 PAIRS = pa.schema(
@@ -112,7 +113,7 @@ def subset_target(subset: Subset, size: int) -> Target:
 
     def blocks(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         bad_keys.clear()
-        for start in range(first // BLOCK * BLOCK, len(subset), BLOCK):
+        for start in range(-(-first // BLOCK) * BLOCK, len(subset), BLOCK):
             rows, images = [], []
             for row in range(start, min(start + BLOCK, len(subset))):
                 try:
@@ -147,13 +148,9 @@ class Audit:
 
 def settings(target: Target, sets: Mapping[str, ImageSet], alarms: float) -> dict[str, Any]:
     """What decides the outcome of an audit, in JSON types."""
-    known = {name: {"images": len(images), "fingerprint": _fingerprint(images)} for name, images in sets.items()}
+    known = {name: {"images": len(x), "fingerprint": str(x.origin["fingerprint"])} for name, x in sets.items()}
     size = next(iter(sets.values())).size
     return {"fingerprint": target.fingerprint, "sets": known, "size": size, "alarms": alarms}
-
-
-def _fingerprint(images: ImageSet) -> str:
-    return str(images.origin["fingerprint"])
 
 
 def audit(
@@ -185,7 +182,8 @@ def audit(
 
     saved = started
     for rows, images in target.blocks(told["next"]):
-        tables.append(_pairs(target, sets, known, copies, limit, rows, images))
+        if len(found := _pairs(target, sets, known, copies, limit, rows, images)):
+            tables.append(found)
         told = {"checked": told["checked"] + len(rows), "next": int(rows[-1]) + 1}
         display.advance(len(rows))
         if kept is not None and time.monotonic() - saved > SAVE:
@@ -215,11 +213,12 @@ def _calibrated(copies: Copies, clean: int, alarms: float, display: Display) -> 
     for start in range(0, len(rows), BLOCK):
         part = rows[start : start + BLOCK]
         shown = images.take(part)
-        down.append(best(copies.find(np.ascontiguousarray(shown[:, ::-1])), len(part)))
-        upright.append(best(copies.find(shown, part + copies.edges[clean]), len(part)))
+        own = part + copies.edges[clean]  # a symmetric image is its own copy, even upside down
+        down.append(best(copies.find(np.ascontiguousarray(shown[:, ::-1]), own), len(part)))
+        upright.append(best(copies.find(shown, own), len(part)))
         display.advance(2 * len(part))
     nothing, itself = np.concatenate(down), np.concatenate(upright)
-    limit = threshold(nothing, alarms)
+    limit = max(threshold(nothing, alarms), FLOOR)
     return limit, {
         "clean_images": len(rows),
         "upside_down": {f"{q:g}": round(float(np.quantile(nothing, q)), 4) for q in (0.5, 0.9, 0.99, 0.999)},

@@ -60,7 +60,7 @@ def exclude(run: Place, reasons: Mapping[str, str], say: Callable[[str], None] =
         table = load_weights(run)
         merged = _merged(run, table, reasons)
         out = _reasons_of(table, merged)
-        cuts = _recipes(run)
+        cuts = _recipes(run, (table.schema.metadata or {}).get(b"draw", b"").decode())
         rows = _rows(table, out)
         for name, recipe in cuts.items():
             _size(rows, recipe, name)
@@ -189,16 +189,36 @@ def _finish_staged(run: Place) -> None:
 # --- the subsets --------------------------------------------------------------------------------------------
 
 
-def _recipes(run: Place) -> dict[str, dict[str, Any]]:
-    """subset.json of every subset of the run, also of those that a stopped cut had begun to replace."""
+def still_held(run: Place) -> dict[str, int]:
+    """Folders in ``run`` whose manifest names images of its list, and how many: exports are not cut again."""
+    listed, found = read_list(run)["uid"].combine_chunks(), {}
+    manifests: list[Place] = sorted(run.glob("*/manifest.parquet"), key=str)
+    for path in manifests:
+        with local_copy(path) as local:
+            uids = pq.ParquetFile(local).read(["uid"])["uid"]
+        if count := pc.sum(pc.is_in(uids, listed)).as_py():
+            found[path.parent.name] = count
+    return found
+
+
+def _recipes(run: Place, draw: str) -> dict[str, dict[str, Any]]:
+    """subset.json of every subset of the run, also of those that a stopped cut had begun to replace.
+
+    Exports that lie in the run are no subsets of it: they are left to ``still_held``. MinerError for a subset that
+    the table's ranking, of ``draw``, did not give.
+    """
     kept = run / _STAGED / "subsets.json"
     found: dict[str, dict[str, Any]] = read_json(kept) if kept.exists() else {}
     places: list[Place] = sorted(run.glob("subset-*/subset.json"), key=str)
-    found |= {path.parent.name: read_json(path) for path in places}
+    found |= {path.parent.name: read_json(path) for path in places if not (path.parent / "croissant.json").exists()}
     for name, recipe in found.items():
         named = re.fullmatch(r"subset-[0-9.e-]{1,20}", name)
         if not named or not isinstance(recipe, dict) or not {"gamma", "n", "draw"} <= recipe.keys():
             raise MinerError(f"{run / name}: no subset that this version cuts again; remove or export it again")
+        if draw and recipe["draw"] != draw:
+            raise MinerError(
+                f"{run / name}: cut by --draw {recipe['draw']}, before the run was ranked by {draw}; remove it"
+            )
     return found
 
 

@@ -10,10 +10,11 @@ import io
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from miner.blocks import Stream, TarImages, checked_rows, layout, spans, without
@@ -71,7 +72,7 @@ def export(
     UsageError for ``out`` being the subset itself.
     """
     rows = checked_rows(subset)
-    gone = np.isin(np.array(rows["uid"].to_pylist(), object), list(removed)) if removed else np.zeros(len(rows), bool)
+    gone = pc.is_in(rows["uid"], pa.array(sorted(removed), pa.string())).to_numpy().copy()
     asked = rows.filter(pa.array(~gone))
     if not len(asked):
         raise MinerError(f"{subset.path}: nothing is left of its {len(rows)} images; there is nothing to export")
@@ -82,16 +83,25 @@ def export(
         read = PoolImages(pool, find(pool, asked["uid"], display.advance))
     elif style in PIXELS:
         read = TarImages(subset, asked)
-    prepare(out, subset.path)
+    check_out(out, subset.path)
     lost = read.missing() if isinstance(read, PoolImages) else {}
+    if lost and (not allow_missing or len(lost) == len(asked)):
+        if not (out / "subset.json").exists():
+            mark(out)
+        _refuse(asked, lost, out)  # an export that lies there stays
+    mark(out)
+    clear(out)
     files: list[File] = []
-    if read is not None and style in PIXELS and (allow_missing or not lost):
+    if read is not None and style in PIXELS:
         display.phase(style, len(asked))
         stream = Stream(asked, read, display.advance)
         files = _pixels(stream, style, out, size)
         lost = stream.lost
     if lost:
-        _list_missing(asked, lost, out, allow_missing)
+        if not allow_missing or len(lost) == len(asked):
+            clear(out)
+            _refuse(asked, lost, out)
+        _list_missing(asked, lost, out)
         gone[np.flatnonzero(~gone)[list(lost)]] = True
     if style == "datacomp":
         uids = rows.filter(pa.array(~gone))["uid"]
@@ -99,8 +109,8 @@ def export(
     return _finish(subset, style, out, rows, gone, files, len(lost))
 
 
-def prepare(out: Place, source: Place) -> None:
-    """Make ``out`` ready: marked as unfinished, and empty of an earlier export. Errors as ``export`` has them."""
+def check_out(out: Place, source: Place) -> None:
+    """Errors as ``export`` has them for an ``out`` that cannot be used; nothing in it is changed."""
     if isinstance(out, BucketPath):
         check_writable(out.url)
     if str(out.resolve()) == str(source.resolve()):
@@ -108,8 +118,11 @@ def prepare(out: Place, source: Place) -> None:
     names = {path.name for path in out.iterdir()} if out.exists() else set()
     if names and MARK not in names and not {"subset.json", "croissant.json"} <= names:
         raise MinerError(f"{out}: not empty and no export; give another --out")
+
+
+def mark(out: Place) -> None:
+    """Say that what lies in ``out`` is no whole export, and may be replaced."""
     write_file(out / MARK, b"python -m pipelines.export did not come to its end here; run the same command again\n")
-    clear(out)
 
 
 def clear(out: Place) -> None:
@@ -134,22 +147,24 @@ def _pixels(stream: Stream, style: Format, out: Place, size: int) -> list[File]:
     return write_parquet(out, stream.blocks(), sum(1 for _ in spans(stream.rows)))
 
 
-def _list_missing(rows: pa.Table, lost: dict[int, str], out: Place, allowed: bool) -> None:
-    """Write missing.csv (uid, key, why). Unless that is ``allowed``, or when nothing is left, end with a MinerError."""
+def _list_missing(rows: pa.Table, lost: dict[int, str], out: Place) -> None:
+    """Write missing.csv (uid, key, why)."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("uid", "key", "why"))
     for row, why in sorted(lost.items()):
         table.writerow((rows["uid"][row].as_py(), rows["key"][row].as_py(), why))
-    if not allowed or len(lost) == len(rows):
-        clear(out)
     write_file(out / "missing.csv", text.getvalue().encode())
+
+
+def _refuse(rows: pa.Table, lost: dict[int, str], out: Place) -> NoReturn:
+    """List what is missing, and end with a MinerError."""
+    _list_missing(rows, lost, out)
     first = min(lost)
     told = f"{len(lost):,} of {len(rows):,} images, the first {rows['uid'][first].as_py()}: {lost[first]}"
     if len(lost) == len(rows):
         raise MinerError(f"{out}/missing.csv: {told}; nothing is left to export")
-    if not allowed:
-        raise MinerError(f"{out}/missing.csv: {told}; nothing was exported; --allow-missing exports the rest")
+    raise MinerError(f"{out}/missing.csv: {told}; nothing was exported; --allow-missing exports the rest")
 
 
 def _finish(

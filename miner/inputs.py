@@ -37,11 +37,13 @@ def check(config: Config) -> None:
         ("--threads", config.game.threads, 1),
         ("--parts", config.game.parts, 1),
     ):
-        if not value >= least:
+        if not least <= value < float("inf"):
             raise UsageError(f"{flag} {value}: must be at least {least}")
     wanted = config.game.converged
     if wanted is not None and (config.game.rule in rules.STEPWISE or not 0 < wanted <= 1):
         raise UsageError(f"--converged {wanted:g}: must lie in (0, 1], and does not work with --rule reference")
+    if wanted is not None and config.game.effective_rounds < 2:
+        raise UsageError(f"--converged {wanted:g}: compares rounds, and this plays one; give --rounds, 20 for instance")
     if config.game.rule == "dos" and config.selection.strata == 0:
         raise UsageError("--rule dos --strata 0: strata are the clusters that dos takes turns over; leave --strata out")
     machines = config.machines

@@ -263,7 +263,9 @@ def effective_sample_size(rows: Rows) -> float:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two float arrays ``[n]``, ties at their mean; NaN if one is constant."""
+    """Rank correlation of two float arrays ``[n]``, ties at their mean; 1 if they are equal, NaN if one is constant."""
+    if len(a) and np.array_equal(a, b):
+        return 1.0
     ranks = []
     for values in (a, b):
         _, where, counts = np.unique(values, return_inverse=True, return_counts=True)

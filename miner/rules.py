@@ -103,7 +103,7 @@ def water_level(capped: Callable[[float], tuple[float, float]], rows: float, tot
     while True:
         full, free = capped(level)
         wanted = min((rows - cap * full) / free, LARGEST) if free > 0 else level
-        if wanted <= level * (1.0 + 1e-12):
+        if not wanted > level * (1.0 + 1e-12):
             return level
         level = wanted
 

@@ -13,6 +13,7 @@ from miner.errors import MinerError, StoreError, disk_full
 from miner.files import Place, atomic, parse_json, read_json, read_whole, remove_folder, sha256
 
 KEPT_ROUNDS = 2
+CLASSIFIER_FREE = re.compile(r"(game\.(?!threads)|guard\.|pool:|data\.pool:)")  # settings that it does not depend on
 FILE_NAME = re.compile("[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # of what a round holds
 
 
@@ -49,12 +50,9 @@ class RunDir:
         if config.exists():
             old = self._old(config)
             differing = sorted(_differences(old, json.loads(json.dumps(settings))))
-            if differing and not self.committed():  # stopped before it had anything to lose: a typo in a flag, say
+            if differing and not self.committed() and not resume:  # stopped before its first round: a typo, say
                 if self.unit == "round":
-                    for name in ("classifier.safetensors", "frozen.safetensors"):
-                        (self.path / name).unlink(missing_ok=True)
-                    self.pretraining.forget()
-                    remove_folder(self.kept_scores)
+                    self._drop(differing)
                 write_json(config, settings)
             elif differing:
                 raise MinerError(
@@ -66,6 +64,17 @@ class RunDir:
         else:
             write_json(config, settings)
         return self.rewind()
+
+    def _drop(self, differing: list[str]) -> None:
+        """Remove what settings that changed decide; the classifier, which may be hours of work, only if they do."""
+        (self.path / "frozen.safetensors").unlink(missing_ok=True)
+        remove_folder(self.kept_scores)
+        if all(CLASSIFIER_FREE.match(one) for one in differing):
+            return
+        if (self.path / "classifier.safetensors").exists() or self.pretraining.committed():
+            self.notes.append(f"other settings ({'; '.join(differing)}): its classifier is trained anew")
+        (self.path / "classifier.safetensors").unlink(missing_ok=True)
+        self.pretraining.forget()
 
     def rewind(self) -> int:
         """The first round that is not committed, soundly; what was logged of it before is dropped."""

@@ -40,9 +40,13 @@ class Source:
         where = path / "summary.json"
         try:
             summary = dict(json.loads(where.read_text(encoding="utf-8")))
+            if not isinstance(summary["n"], int):
+                raise ValueError("n is no number")
+            if not all(isinstance(summary[name], str) for name in ("pool_path", "id", "model")):
+                raise ValueError("pool_path, id or model is no text")
         except (FileNotFoundError, NotADirectoryError):
             raise MinerError(f"{where}: missing; finish the run with pipelines.resample first") from None
-        except ValueError as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise MinerError(f"{where}: damaged ({error}); mine again") from None
         table = load_weights(path)
         facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}

@@ -211,7 +211,11 @@ def load_weights(run: str | os.PathLike[str] | Place) -> pa.Table:
     files: list[Place] = sorted((place(run) / "weights").glob("shard-*.arrow"), key=str)
     if not files:
         raise MinerError(f"{run}: no weights/shard-*.arrow here; finish the run first")
-    return pa.concat_tables([_read_table(path) for path in files])
+    tables = [_read_table(path) for path in files]
+    for path, table in zip(files, tables, strict=True):
+        if table.schema.metadata != tables[0].schema.metadata:
+            raise MinerError(f"{path}: of another ranking than {files[0]}; run pipelines.resample again, to its end")
+    return pa.concat_tables(tables)
 
 
 def _read_table(path: Place) -> pa.Table:

@@ -7,13 +7,13 @@ gives. With --flag, for each run: how much of its heaviest images and of its sub
 this entry in the pool's class_info, beside their share of the pool.
 """
 
-import json
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import tyro
 
 from miner.errors import UsageError
@@ -43,6 +43,15 @@ def heaviest(weight_N: np.ndarray, top: float) -> np.ndarray:
     return chosen
 
 
+def checked(top: float, count: int) -> float:
+    """``top``, or UsageError when it is no share of ``count`` images, or none of them."""
+    if not 0 < top <= 1:
+        raise UsageError(f"--top {top:g}: a share, must lie in (0, 1]")
+    if int(top * count) < 1:
+        raise UsageError(f"--top {top:g}: of {count:,} images this is none")
+    return top
+
+
 def eligible(table: pa.Table) -> np.ndarray:
     """Mask bool ``[N]`` of the rows that are not excluded."""
     return table["excluded_by"].is_null().to_numpy()
@@ -50,24 +59,28 @@ def eligible(table: pa.Table) -> np.ndarray:
 
 def agreement(weight_N: np.ndarray, other_N: np.ndarray, top: float) -> tuple[float, float]:
     """(Spearman's rho, IoU of the heaviest) of two runs' weights."""
-    a, b = heaviest(weight_N, top), heaviest(other_N, top)
+    a, b = (heaviest(weights, checked(top, len(weights))) for weights in (weight_N, other_N))
     return spearman(weight_N, other_N), float((a & b).sum() / (a | b).sum())
 
 
 def shares(run: Place, table: pa.Table, top: float, flag: str) -> str:
     """Share of the flagged classes in the pool, the heaviest images and each subset."""
+    from miner.exclude import summary_of
     from miner.subset import load_subset  # brings torch along, for which --help should not wait
 
-    pool = Pool.open(json.loads((run / "summary.json").read_text())["pool_path"])
-    marked = np.array([bool(entry.get(flag)) for entry in pool.class_info or []])
+    pool = Pool.open(summary_of(run)["pool_path"])
+    info = pool.class_info if isinstance(pool.class_info, list) else []
+    marked = np.array([isinstance(entry, dict) and bool(entry.get(flag)) for entry in info], bool)
     if not marked.any():
         raise UsageError(f"--flag {flag}: no class of {pool.path}/pool.json carries it")
-    inside, keep = marked[table["label"].to_numpy()], eligible(table)
-    top_share = inside[keep][heaviest(table["weight"].to_numpy()[keep], top)].mean()
+    classes = pa.array(np.flatnonzero(marked), pa.int32())
+    inside, keep = pc.is_in(table["label"], classes).to_numpy(), eligible(table)
+    top_share = inside[keep][heaviest(table["weight"].to_numpy()[keep], checked(top, int(keep.sum())))].mean()
     text = f"{inside.mean():.1%} of the pool, {top_share:.1%} of the heaviest {top:.0%}"
     subsets: list[Place] = sorted(run.glob("subset-*"), key=str)
     for subset in subsets:
-        text += f", {marked[load_subset(subset).manifest['label'].to_numpy()].mean():.1%} of {subset.name}"
+        label = load_subset(subset).manifest["label"]
+        text += f", {pc.is_in(label, classes).to_numpy().mean():.1%} of {subset.name}"
     return f"{run}: {flag}: {text}"
 
 

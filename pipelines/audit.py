@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trainers.image_set import ImageSet
 
 
+DOUBTFUL = 0.9  # thresholds above it miss copies
 PART = ".audit.part.parquet"  # what an audit that was interrupted had found
 
 
@@ -47,7 +48,7 @@ class AuditConfig:
     fail: bool = False
     """Exit with 1 when images were found (in a run: that it does not exclude), for the checks of a data project."""
     out: str | None = None
-    """Where audit.parquet and audit.html go. Default: the run; for others runs/audit-<name>."""
+    """Where audit.parquet and audit.html go. Default: the run; for others runs/audit-<name>-<fingerprint>."""
 
 
 def opened(config: AuditConfig) -> "tuple[Target, dict[str, ImageSet], str, Place, Place | None]":
@@ -83,7 +84,8 @@ def opened(config: AuditConfig) -> "tuple[Target, dict[str, ImageSet], str, Plac
     else:
         target = pool_target(Pool.open(resolve(config.target)), size)
     sets, clean = references(str(spec), config.ood, size)
-    return target, sets, clean, place(config.out) if config.out else run or place(f"runs/audit-{target.name}"), run
+    aside = place(f"runs/audit-{target.name}-{target.fingerprint[:8]}")
+    return target, sets, clean, place(config.out) if config.out else run or aside, run
 
 
 def references(spec: str, ood: tuple[str, ...], size: int) -> "tuple[dict[str, ImageSet], str]":
@@ -175,7 +177,19 @@ def told(audit: "Audit") -> list[str]:
         ", ".join(f"{float(q):.1%}: {v:.2f}" for q, v in about[name].items()) for name in ("upside_down", "as_they_are")
     )
     pace = about["seconds"] / max(about["checked"], 1) * 1e6
+    doubts = []
+    if about["threshold"] > DOUBTFUL:
+        doubts.append(
+            f"note: images of {about['clean']} look alike even upside down: copies that are cropped or much changed "
+            "stay below so high a threshold; raise --alarms and look at the pairs"
+        )
+    if about["alarms"] * about["clean_images"] < 1:
+        doubts.append(
+            f"note: {about['clean_images']:,} images are too few to measure {about['alarms']:.2%} of false alarms on; "
+            "look at the pairs"
+        )
     return [
+        *doubts,
         f"{about['target']}: {audit.images:,} of {about['checked']:,} images are in one of these sets or a copy",
         f"threshold: correlation of detail above {about['threshold']:.3f}, which {about['clean_above']:.2%} of "
         f"{about['clean_images']:,} images of {about['clean']} exceed when they are turned upside down",

@@ -32,7 +32,8 @@ class ExcludeConfig:
     uids: Path | None = None
     """Text file of uids, one a line: opt-outs, take-downs."""
     classes: tuple[str, ...] = ()
-    """Classes of the pool: names, or WordNet ids where the pool's class_info has them (`wnid`)."""
+    """Classes of the pool: names, or WordNet ids where the pool's class_info has them (`wnid`). Of two classes of one
+    name both go."""
     audit: str | None = None
     """An audit.parquet of pipelines.audit, whose images go."""
     reason: str = "opt-out"
@@ -67,15 +68,17 @@ def of_classes(names: tuple[str, ...], table: "pa.Table", pool_path: str) -> dic
 
     pool = Pool.open(pool_path)
     info = pool.class_info if isinstance(pool.class_info, list) else []
-    by_name = {name.casefold(): label for label, name in enumerate(pool.classes)}
-    by_name |= {str(x["wnid"]): label for label, x in enumerate(info) if isinstance(x, dict) and x.get("wnid")}
+    by_name: dict[str, list[int]] = {}  # ImageNet has two cranes
+    for label, name in enumerate(pool.classes):
+        by_name.setdefault(name.casefold(), []).append(label)
+    by_name |= {str(x["wnid"]): [label] for label, x in enumerate(info) if isinstance(x, dict) and x.get("wnid")}
     reasons: dict[str, str] = {}
     for name in names:
-        label = by_name.get(name.casefold())
-        if label is None:
+        labels = by_name.get(name.casefold())
+        if labels is None:
             raise UsageError(f"--classes {name}: no class of {pool.path} has this name or WordNet id")
-        uids = table["uid"].filter(pc.fill_null(pc.equal(table["label"], pa.scalar(label, pa.int32())), False))
-        reasons |= dict.fromkeys(uids.to_pylist(), f"class:{pool.classes[label]}")
+        uids = table["uid"].filter(pc.is_in(table["label"], pa.array(labels, pa.int32())))
+        reasons |= dict.fromkeys(uids.to_pylist(), f"class:{pool.classes[labels[0]]}")
     return reasons
 
 
@@ -89,12 +92,14 @@ def of_audit(table: "pa.Table") -> dict[str, str]:
 
 def exclude_and_report(run: "Place", reasons: dict[str, str]) -> dict[str, Any]:
     """Exclude, and draw the run's report again if it has one; the new summary."""
-    from miner.exclude import exclude
+    from miner.exclude import exclude, still_held
     from pipelines.report import write_report
 
     summary = exclude(run, reasons)
     if (run / "report.html").exists():
         write_report(run)
+    for name, count in still_held(run).items():
+        print(f"{run / name}: an export, left as it is: {count:,} of its images are excluded; export it again")
     return summary
 
 

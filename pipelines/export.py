@@ -42,8 +42,8 @@ class Config:
     """Folder, or URL of an object store. Default: beside the subset, e.g. RUN/imglist-0.01."""
     gamma: float | None = None
     """Which subset of a run; one that has only one need not say."""
-    size: int = 32
-    """npy: pixels a side; the centre square of each image is scaled to it."""
+    size: int | None = None
+    """npy: pixels a side, by default 32; the centre square of each image is scaled to it."""
     remove: str | None = None
     """File of uids to leave out, one a line. What has no such uid is not an error: one list serves many subsets."""
     rehydrate: str | None = None
@@ -63,8 +63,10 @@ def main() -> None:
         raise UsageError("--rehydrate and --pool go together: the images come from the pool")
     if config.pool and not config.rehydrate and config.format != "datacomp":
         raise UsageError("--pool is for --rehydrate, or for --format datacomp")
-    if config.size < 1:
-        raise UsageError(f"--size {config.size}: at least 1")
+    if config.size is not None and (config.size < 1 or config.format != "npy"):
+        raise UsageError(f"--size {config.size}: at least 1, and for --format npy only")
+    if config.allow_missing and not config.rehydrate:
+        raise UsageError("--allow-missing is for --rehydrate")
     report(config, make(config))
 
 
@@ -84,7 +86,7 @@ def make(config: Config) -> "Export":
             subset,
             config.format,
             out,
-            size=config.size,
+            size=config.size or 32,
             pool=pool,
             removed=removed,
             allow_missing=config.allow_missing,
@@ -98,6 +100,8 @@ def find_subset(source: str, gamma: float | None) -> Place:
     if path.name in ("subset.json", "manifest.parquet"):
         path = path.parent
     if (path / "subset.json").exists():
+        if gamma is not None:
+            raise UsageError(f"--gamma {gamma:g}: chooses one of a run's subsets; {path} is one already")
         return path
     files: list[Place] = sorted(path.glob("subset-*/subset.json"), key=str)
     found = {file.parent.name: file.parent for file in files}

@@ -69,7 +69,7 @@ def look(run: Place, patience: float = PATIENCE) -> dict[str, Any]:
         found["age_seconds"] = round(heartbeat.age(status), 1)
         if status["state"] == "running":
             found |= _driver(run, status, patience)
-        EXIT[found["state"]]
+        EXIT[found["state"]], found["pid"], found["host"], found["started"][:19]
     except (KeyError, TypeError, ValueError) as error:
         raise MinerError(f"{run / heartbeat.FILE}: damaged ({error!r}); it is written anew by the next run") from None
     if found["state"] == "stopped" and summary is not None and _newer(run / "summary.json", run / heartbeat.FILE):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from miner.errors import MinerError, UsageError
 from miner.pool import Pool
 from miner.progress import Display
 from miner.subset import write_subset
+from pipelines import audit_page
 from pipelines.audit import AuditConfig, run, tally
 from trainers.image_set import ImageSet
 
@@ -172,7 +174,13 @@ def test_an_interrupted_audit_goes_on_where_it_was(
     assert not (tmp_path / ".audit.part.parquet").exists()
 
 
-def test_a_subset_is_audited_like_its_pool(audited: Audit, folder: Path, tmp_path: Path) -> None:
+def interrupted(*args: Any) -> str:
+    raise KeyboardInterrupt
+
+
+def test_a_subset_is_audited_like_its_pool(
+    audited: Audit, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pool = Pool.open(str(folder / "pool"))
     index = pool.index(["uid", "key", "shard", "row", "label"]).slice(195, 30)
     rank = pa.array(np.arange(30, dtype=np.uint64))
@@ -187,6 +195,15 @@ def test_a_subset_is_audited_like_its_pool(audited: Audit, folder: Path, tmp_pat
     expected = [row for row in audited.table["uid"].to_pylist() if row in set(index["uid"].to_pylist())]
     assert sorted(found.table["uid"].to_pylist()) == sorted(expected)
     assert len(expected) == 25
+    monkeypatch.setattr(audit_module, "SAVE", -1.0)
+    again = replace(asked, out=str(tmp_path / "again"))
+    page_of = audit_page.page_of
+    monkeypatch.setattr(audit_page, "page_of", interrupted)  # all is done but the page: nothing may count twice
+    with Display() as display, pytest.raises(KeyboardInterrupt):
+        run(again, display)
+    monkeypatch.setattr(audit_page, "page_of", page_of)
+    with Display() as display:
+        assert run(again, display)[0].table.equals(found.table)
 
 
 def test_flags_that_make_no_sense(folder: Path) -> None:
@@ -246,6 +263,18 @@ def test_threshold_and_kinds() -> None:
     zeros = np.zeros(4, np.float32)
     pairs = Pairs(np.arange(4), np.arange(4), zeros, zeros, window, np.array([False, True, False, True]))
     assert kinds(pairs) == ["re-encoded", "flipped", "cropped", "flipped+cropped"]
+
+
+def test_symmetric_and_few_id_images_leave_a_threshold_that_finds_and_spares() -> None:
+    inside = scenes(150, 8)
+    inside[100:140, 16:] = inside[100:140, 15::-1]  # upside down what they were: their own copies
+    sets = {"train": ImageSet("train", (inside[:100],)), "test": ImageSet("test", (inside[100:],))}
+    for test in (sets["test"], ImageSet("test", (inside[140:],))):
+        copies = Copies(sets | {"test": test}, 1)
+        limit, told = audit_module._calibrated(copies, 1, 0.001, Display())
+        assert audit_module.FLOOR <= limit < 0.95
+        assert told["clean_images"] == len(test)
+        assert (best(copies.find(scenes(200, 9)), 200) <= limit).all()
 
 
 def test_leaks_of_cifar10_in_tiny_imagenet() -> None:

@@ -16,11 +16,12 @@ from miner import exclude as module
 from miner.build import write_arrays_pool
 from miner.errors import MinerError, UsageError
 from miner.exclude import exclude, read_list
+from miner.export import export
 from miner.pool import Pool
 from miner.run_dir import write_json
 from miner.subset import load_subset, write_subset
 from miner.weights import ShardState, excluded_counts, final_table, load_weights, write_arrow
-from pipelines.exclude import listed, of_classes
+from pipelines.exclude import exclude_and_report, listed, of_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNT, N = 200, 200
@@ -66,9 +67,9 @@ def finished(made: Path, folder: Path, draw: str = "rank") -> Path:
         own = order[ends[-1] : ends[-1] + len(part)].astype(np.uint64)
         column = pa.array(own, mask=part["rank"].is_null().to_numpy())
         place = table.schema.get_field_index("rank")
-        write_arrow(
-            part.set_column(place, table.schema.field(place), column), run / "weights" / f"shard-{number:06d}.arrow"
-        )
+        part = part.set_column(place, table.schema.field(place), column)
+        part = part.replace_schema_metadata({"run_id": "r", "draw": draw})
+        write_arrow(part, run / "weights" / f"shard-{number:06d}.arrow")
         ends.append(ends[-1] + len(part))
     table, pool = load_weights(run), Pool.open(str(made.parent / "pool"))
     rows, subsets = module.rows_of(table), {}
@@ -226,6 +227,41 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     assert "2 take-down" in done.stdout
     assert len(read_list(run)) == 52
     assert not set(load_subset(run / "subset-0.5").manifest["label"].to_pylist()) & {3}
+
+
+def test_exports_in_the_run_are_left_alone_and_named(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished(made, tmp_path)
+    subset = load_subset(run / "subset-0.5")
+    first, second, third = subset.uids[:3]
+    export(subset, "webdataset", run / "subset-0.5-2", removed=frozenset([first, second]))
+    export(subset, "manifest", run / "manifest-0.5")
+    before = contents(run / "subset-0.5-2")
+    exclude_and_report(run, {first: "opt-out", third: "opt-out"})
+    assert contents(run / "subset-0.5-2") == before  # what was removed from it did not come back
+    assert not {first, third} & set(load_subset(run / "subset-0.5").uids)
+    lines = capsys.readouterr().out
+    assert f"{run / 'subset-0.5-2'}: an export, left as it is: 1 of its images are excluded" in lines
+    assert f"{run / 'manifest-0.5'}: an export, left as it is: 2 of its images" in lines
+
+
+def test_a_subset_of_another_ranking_is_not_cut_by_this_one(made: Path, tmp_path: Path) -> None:
+    run = finished(made, tmp_path)
+    recipe = json.loads((run / "subset-0.5" / "subset.json").read_text())
+    write_json(run / "subset-0.5" / "subset.json", recipe | {"draw": "topk"})
+    before = contents(run)
+    with pytest.raises(MinerError, match=r"subset-0\.5: cut by --draw topk, before the run was ranked by rank"):
+        exclude(run, {load_weights(run)["uid"][5].as_py(): "opt-out"})
+    assert contents(run) == before
+
+
+def test_two_classes_of_one_name_both_go(made: Path, tmp_path: Path) -> None:
+    pool = shutil.copytree(made.parent / "pool", tmp_path / "pool")
+    manifest = json.loads((pool / "pool.json").read_text())
+    write_json(pool / "pool.json", manifest | {"classes": ["fox", "crane", "elk", "Crane"]})
+    assert len(of_classes(("crane",), load_weights(made), str(pool))) == 100
+    assert len(of_classes(("n00000003",), load_weights(made), str(pool))) == 50
 
 
 def test_lists_and_classes_that_make_no_sense(made: Path, tmp_path: Path) -> None:

@@ -140,6 +140,20 @@ def test_what_is_missing_or_differs_is_listed_and_nothing_is_exported(manifest: 
                 load_subset(out)
 
 
+def test_a_good_export_survives_the_wrong_pool(manifest: Subset, elsewhere: Pool, tmp_path: Path) -> None:
+    out = tmp_path / "back"
+    export(manifest, "webdataset", out, pool=elsewhere)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    wrong = exported.write_pool(tmp_path / "wrong", range(10), 2, images=PIXELS // 2)
+    for allowed in (False, True):
+        with pytest.raises(MinerError, match="20 of 20 images"):
+            export(manifest, "webdataset", out, pool=wrong, allow_missing=allowed)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != "missing.csv"} == before
+    load_subset(out).verify()
+    export(manifest, "webdataset", out, pool=elsewhere)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_the_rest_can_be_had_when_asked_for(subset: Subset, manifest: Subset, tmp_path: Path) -> None:
     absent, changed = manifest.uids[:2]
     pool = exported.write_pool(tmp_path, [row for row in OTHER_ORDER if row != ROWS[0]], 4)
@@ -349,6 +363,8 @@ def test_the_command_finds_a_run_s_subset(subset: Subset, tmp_path: Path) -> Non
             find_subset(str(run), gamma)
     with pytest.raises(MinerError, match="neither a subset"):
         find_subset(str(tmp_path), None)
+    with pytest.raises(UsageError, match="chooses one of a run's subsets"):
+        find_subset(str(run / "subset-0.1"), 0.25)
 
 
 def test_the_command_s_default_place_is_beside_the_subset_and_no_subset_of_the_run(
@@ -366,6 +382,8 @@ def test_the_command_s_default_place_is_beside_the_subset_and_no_subset_of_the_r
         ([], 2, "give a run or a subset"),
         (["{list}", "--format", "npy"], 1, "--rehydrate"),
         (["--rehydrate", "{list}"], 2, "--pool go together"),
+        (["{list}", "--size", "64"], 2, "for --format npy only"),
+        (["{list}", "--allow-missing"], 2, "--allow-missing is for --rehydrate"),
         (["{list}", "--format", "datacomp", "--remove", "{bad}"], 1, "line 2"),
         (["{list}", "--format", "datacomp", "--remove", "{uids}", "--out", "{out}"], 0, "removed: 1 images"),
     ],

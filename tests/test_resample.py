@@ -13,9 +13,14 @@ import pytest
 
 from miner import load_subset, load_weights
 from miner.build import write_arrays_pool
-from miner.errors import MinerError
+from miner.config import Config, Game
+from miner.errors import MinerError, UsageError
+from miner.inputs import check
 from miner.pool import resolve
-from miner.run_dir import RunDir
+from miner.ranking import spearman
+from miner.run_dir import RunDir, write_json
+from miner.weights import ShardState, final_table, write_arrow
+from pipelines import agree
 from pipelines.agree import agreement, heaviest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +70,8 @@ def test_resume_of_nothing_is_an_error(tmp_path: Path) -> None:
 def test_agreement_of_known_weights() -> None:
     weight = np.arange(100, dtype=float)
     assert agreement(weight, weight, 0.1) == (pytest.approx(1.0), 1.0)
+    assert spearman(np.ones(5), np.ones(5)) == 1.0
+    assert np.isnan(spearman(np.ones(5), weight[:5]))
     rho, iou = agreement(weight, -weight, 0.1)
     assert rho == pytest.approx(-1.0)
     assert iou == 0.0
@@ -135,6 +142,63 @@ def test_a_run_that_lost_nothing_yet_takes_corrected_flags(tmp_path: Path) -> No
     assert run.begin({"checkpoint": "right"}, resume=False) == 1
     with pytest.raises(MinerError, match="checkpoint: right there, typo now"):
         run.begin({"checkpoint": "typo"}, resume=False)
+
+
+def test_a_classifier_is_trained_anew_only_when_what_it_depends_on_changes(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    settings = {"data": {"id": "cifar10", "pool": "a"}, "game": {"views": 6, "threads": 1}, "pool": "1", "id": "2"}
+    run.begin(settings, resume=False)
+    for name in ("classifier.safetensors", "frozen.safetensors"):
+        (run.path / name).write_bytes(b"hours of work")
+    other = settings | {"data": {"id": "cifar10", "pool": "b"}, "game": {"views": 2, "threads": 1}, "pool": "3"}
+    with pytest.raises(MinerError, match="other settings"):
+        run.begin(other, resume=True)
+    assert (run.path / "frozen.safetensors").exists()
+    run.begin(other, resume=False)
+    assert (run.path / "classifier.safetensors").exists()
+    assert not (run.path / "frozen.safetensors").exists()
+    assert run.notes == []
+    run.begin(other | {"game": {"views": 2, "threads": 2}}, resume=False)
+    assert not (run.path / "classifier.safetensors").exists()
+    assert run.notes == ["other settings (game.threads: 1 there, 2 now): its classifier is trained anew"]
+
+
+def test_numbers_that_no_run_ends_with_are_refused() -> None:
+    with pytest.raises(UsageError, match="--cap inf"):
+        check(Config(game=Game(cap=float("inf"))))
+    for game in (Game(converged=0.99), Game(converged=0.99, rounds=5, rule="ntom")):
+        with pytest.raises(UsageError, match="this plays one"):
+            check(Config(game=game))
+    check(Config(game=Game(converged=0.99, rounds=5)))
+
+
+def test_agreement_asks_for_a_share_and_for_sound_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+    labels = np.array([-1, 0, 1, 0] * 10)
+    pool = write_arrays_pool(str(tmp_path / "pool"), "p", images, labels, ("fox", "owl"), 1)
+    manifest = json.loads((tmp_path / "pool" / "pool.json").read_text())
+    write_json(tmp_path / "pool" / "pool.json", manifest | {"class_info": [{}, {"ours": True}]})
+    state = ShardState.fresh("paper", 40)
+    state["state"][:] = np.where(labels == 1, 2.0, 1.0)
+    table = final_table(pool.shard_index(0), state, 1.0, np.arange(40, dtype=np.uint64), {"run_id": "r"})
+    for name in ("a", "b"):
+        (tmp_path / name / "weights").mkdir(parents=True)
+        write_arrow(table, tmp_path / name / "weights" / "shard-000000.arrow")
+        write_json(tmp_path / name / "summary.json", {"pool_path": pool.path, "subsets": {}})
+    assert agree.shares(tmp_path / "a", load_weights(tmp_path / "a"), 0.25, "ours").endswith(
+        "25.0% of the pool, 100.0% of the heaviest 25%"
+    )
+    done = command("agree", tmp_path / "a", tmp_path / "b", "--top", 2)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    for top in (float("nan"), -0.5, 0.0, 0.01):
+        with pytest.raises(UsageError, match="--top"):
+            agree.checked(top, 40)
+    (tmp_path / "a" / "summary.json").write_text("{")
+    with pytest.raises(MinerError, match=r"summary\.json"):
+        agree.shares(tmp_path / "a", table, 0.25, "ours")
+    write_arrow(table.replace_schema_metadata({"run_id": "s"}), tmp_path / "a" / "weights" / "shard-000001.arrow")
+    with pytest.raises(MinerError, match=r"shard-000001\.arrow: of another ranking"):
+        load_weights(tmp_path / "a")
 
 
 def test_an_image_folder_does_not_hide_the_pool_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

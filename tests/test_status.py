@@ -308,7 +308,16 @@ def test_exit_codes_and_formats(run: Path, tmp_path: Path) -> None:
     assert command("status").returncode == 2
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"state": "running"}', '{"state": "odd"}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{",
+        "[]",
+        '{"state": "running"}',
+        '{"state": "odd"}',
+        '{"state": "finished", "updated": "2026-01-01T00:00:00+00:00"}',
+    ],
+)
 def test_a_damaged_heartbeat_is_one_line(run: Path, damage: str) -> None:
     (run / "status.json").write_text(damage)
     with pytest.raises(MinerError, match=r"status\.json") as caught:
