@@ -130,16 +130,23 @@ def net_ways(checkpoint: Path, sample: np.ndarray) -> dict[str, Look]:
 
 
 def by_vectors(look: Look, references: np.ndarray, *queries: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(best similarity, its reference) of each image of ``queries``, as it is or mirrored."""
+    """(best similarity, its reference) of each image of ``queries``, as it is or mirrored.
+
+    Those of the second ``queries`` are the first references, upside down, and not to be found as themselves.
+    """
     import faiss
 
     vectors = look(references)
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors)
     found = []
-    for images in queries:
-        (near, row), (other, other_row) = (index.search(look(view), 1) for view in (images, mirrored(images)))
-        found.append((np.maximum(near, other)[:, 0], np.where(other > near, other_row, row)[:, 0]))
+    for number, images in enumerate(queries):
+        both = [index.search(look(view), 2) for view in (images, mirrored(images))]
+        near, row = (np.concatenate(parts, axis=1) for parts in zip(*both, strict=True))
+        if number == 1:
+            near[row == np.arange(len(images))[:, None]] = -1
+        best = near.argmax(axis=1)[:, None]
+        found.append((np.take_along_axis(near, best, 1)[:, 0], np.take_along_axis(row, best, 1)[:, 0]))
     return found
 
 
