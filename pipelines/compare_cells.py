@@ -58,6 +58,7 @@ class Job:
     sets: tuple[tuple[str, str], ...]  # (group, spec)
     flag: str | None
     cost: Mapping[str, float]
+    scores: tuple[str, ...]
 
 
 # --- what is worked with ---------------------------------------------------------------------------------------
@@ -114,12 +115,17 @@ def do_cell(job: Job) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, meta = open_checkpoint(out)
     id_set, sets = judge_sets(job.train.id, job.sets)
-    scores = list(dict.fromkeys(("msp", OWN_SCORE.get(job.cell.method, "msp"))))
     # The same noise and the same draws of the 1:5 protocol for all cells: spread is the classifiers' alone.
-    rows = judge(place(net, device), meta, id_set, sets, scores, seed=0).rows  # type: ignore[arg-type]
+    rows = judge(place(net, device), meta, id_set, sets, list(job.scores), seed=0).rows  # type: ignore[arg-type]
     rows += cost_rows(job, summary)
     columns = [{**job.cell.columns, **row._asdict()} for row in rows]
     write_table(out / ROWS, pa.Table.from_pylist(columns, schema=SCHEMA))
+
+
+def scores_of(cell: Cell, methods: Iterable[str]) -> tuple[str, ...]:
+    """MSP and the method's own score; without outliers those of all ``methods``, which are held against it."""
+    judged = methods if cell.selector == NONE else (cell.method,)
+    return tuple(dict.fromkeys(("msp", *(OWN_SCORE.get(method, "msp") for method in judged))))
 
 
 def cost_rows(job: Job, summary: Mapping[str, Any]) -> list[Row]:

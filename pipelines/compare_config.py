@@ -39,8 +39,8 @@ class Compare:
     seeds: tuple[int, ...] = (0, 1)
     """A seed is one whole repetition: classifier, mining and fine-tuning."""
     images: int | None = None
-    """Images forwarded and back in each fine-tuning, ID, outliers and mixtures together: the same for all methods.
-    Default: 300,000; 20,000 for the demo."""
+    """Images forwarded and back in each fine-tuning, ID, outliers and mixtures together, as near as whole passes over
+    ID come: --dry-run says how near. Default: 300,000; 20,000 for the demo."""
     epochs: int = 14
     """Passes over ID that make the classifier which mining and fine-tuning start from."""
     lr: float | None = None
@@ -70,4 +70,4 @@ class Compare:
     @property
     def budget(self) -> int:
         """Images forwarded and back in each fine-tuning."""
-        return self.images or (20_000 if set(self.id) == {"demo"} else 300_000)
+        return self.images if self.images is not None else (20_000 if set(self.id) == {"demo"} else 300_000)

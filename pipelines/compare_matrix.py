@@ -3,6 +3,7 @@
 Pure functions and names; nothing is read, nothing is run. Paths are relative to the comparison's --out.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -179,6 +180,8 @@ def _check(config: Compare) -> None:
     ):
         if number < least:
             raise UsageError(f"{flag} {number}: must be at least {least}")
+    if config.lr is not None and not 0 < config.lr < float("inf"):
+        raise UsageError(f"--lr {config.lr:g}: must be a positive number")
     for noise in config.noise:
         if noise not in NOISE:
             raise UsageError(f"--noise {noise}: unknown; choose from {', '.join(NOISE)}")
@@ -203,7 +206,13 @@ def recipe(config: Compare, method: str | None, id_images: int) -> Recipe:
         return replace(found, epochs=config.epochs)
     step = 2 * found.batch if method == CE else found.images_per_step
     epochs = max(1, round(config.budget / (id_images // found.batch * step)))
-    return replace(found, epochs=epochs, lr=config.lr or found.lr)
+    return replace(found, epochs=epochs, lr=found.lr if config.lr is None else config.lr)
+
+
+def forwards(config: Compare, method: str, id_images: int) -> int:
+    """Images that a fine-tuning by ``method`` forwards and back."""
+    found = recipe(config, method, id_images)
+    return found.epochs * (id_images // found.batch) * (found.batch if method == CE else found.images_per_step)
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
@@ -214,14 +223,15 @@ IMAGES_PER_S = 2_000  # forward and back, net small, one core
 def plan(config: Compare, matrix: Matrix, id_images: dict[str, int], pool_images: dict[str, int]) -> str:
     """How much there is to do, if nothing is there yet, from the numbers of images in ID sets and pools alone."""
     start = sum(id_images[theta.id] * config.epochs for theta in matrix.thetas)
-    tuning = config.budget * len(matrix.cells)
-    jobs = config.jobs or 1
+    forwarded = [(cell.method, forwards(config, cell.method, id_images[cell.id])) for cell in matrix.cells]
+    tuning, jobs = sum(count for _, count in forwarded), config.jobs or os.cpu_count() or 1
+    each = ", ".join(f"{method} {count:,}" for method, count in dict.fromkeys(forwarded))
     minutes = (start + tuning) / IMAGES_PER_S / jobs / 60
     mined = [mine for mine in matrix.mines if not mine.sources]
     lines = [
         f"classifiers  {len(matrix.thetas):,}, {config.epochs} epochs each: {start:,} images forwarded and back",
         f"minings      {len(mined):,}, on {', '.join(f'{name} ({n:,} images)' for name, n in pool_images.items())}",
-        f"cells        {len(matrix.cells):,}, {config.budget:,} images each: {tuning:,} forwarded and back",
+        f"cells        {len(matrix.cells):,}: {tuning:,} images forwarded and back ({each} each)",
         f"time         {minutes:,.0f} minutes of training (net small, {jobs} core(s)), beside mining and judging",
         f"out          {config.out}",
     ]

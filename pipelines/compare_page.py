@@ -187,7 +187,7 @@ def over_gamma(results: Results) -> str:
             for name in names:
                 ends = [Arm(*block, method, name, gamma) for gamma in (*gammas, 1.0)]
                 series.append(_series(results, name, [(arm, what) for arm in ends]))
-            none = next((a for a in results.arms if a.block == block and a.selector == NONE), None)
+            none = results.without(block, method)
             level = 100 * mean_std(results.of(none, what))[0] if none else float("nan")
             if series:
                 ticks = [*gammas, *([1.0] if FULL_POOL in names else [])]

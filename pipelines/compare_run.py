@@ -34,6 +34,7 @@ from pipelines.compare_cells import (
     in_parallel,
     one_line,
     open_id,
+    scores_of,
     write_table,
 )
 from pipelines.compare_config import Compare
@@ -212,7 +213,8 @@ class Comparison:
     def job(self, cell: Cell) -> Job:
         """One cell, ready to travel."""
         cost = json.loads((self.out / cell.mine.name / COST).read_text()) if cell.mine else dict.fromkeys(NO_COST, 0.0)
-        return Job(cell, self.training(cell), self.pools[cell.pool].path, self.sets, self.config.flag, cost)
+        scores = scores_of(cell, self.config.methods)
+        return Job(cell, self.training(cell), self.pools[cell.pool].path, self.sets, self.config.flag, cost, scores)
 
     def tasks(
         self,

@@ -22,6 +22,7 @@ LEVEL = 0.95
 TIE = 0.001 + 1e-12  # differences up to 0.1 points are none; the rest is for rounding
 EXACT = 6  # seeds up to which all n^n resamples are taken
 DRAWS = 10_000
+CE = {"energy": "ce-energy"}  # the arm without outliers, "ce", as a method's own score sees it: an arm beside it
 _FIRST = (NONE, FULL_POOL, RANDOM, MINED)  # in tables they come in this order, the others by name
 GROUPS = {"far": "natural", "near": "near", "noise": "noise"}  # never averaged together
 # Names of pipelines.judge, which would load torch.
@@ -97,7 +98,8 @@ def better(metric: str, difference: float) -> float:
 
 @dataclass(frozen=True)
 class Results:
-    """Every figure: ``values[arm][what][seed]``. A method's figures are by its own score."""
+    """Every figure: ``values[arm][what][seed]``. A method's figures are by its own score, and so are those of the arm
+    without outliers that it is held against."""
 
     values: Mapping[Arm, Mapping[What, Mapping[int, float]]]
 
@@ -120,8 +122,13 @@ class Results:
 
     def of_method(self, block: Block, method: str) -> list[Arm]:
         """The arms of a method, after that without outliers."""
-        mine = [arm for arm in self.arms if arm.block == block and (arm.selector == NONE or arm.method == method)]
-        return sorted(mine, key=selector_order)
+        own = (method, CE.get(method, "ce"))
+        return sorted((arm for arm in self.arms if arm.block == block and arm.method in own), key=selector_order)
+
+    def without(self, block: Block, method: str) -> Arm | None:
+        """The arm without outliers, by the score of ``method``; None where it was not judged by that."""
+        found = Arm(*block, CE.get(method, "ce"), NONE, 0.0)
+        return found if found in self.values else None
 
     def of(self, arm: Arm, what: What) -> dict[int, float]:
         """A figure by seed; empty where there is none."""
@@ -134,8 +141,9 @@ class Results:
 
     def baseline(self, arm: Arm, selector: str) -> Arm | None:
         """The arm that ``arm`` is held against; None where it is missing, or is itself."""
+        found: Arm | None
         if selector == NONE:
-            found = next((a for a in self.arms if a.block == arm.block and a.selector == NONE), None)
+            found = None if arm.selector == NONE else self.without(arm.block, arm.method)
         else:
             found = arm._replace(selector=selector, gamma=1.0 if selector == FULL_POOL else arm.gamma)
         return found if found in self.values and found != arm else None
@@ -151,7 +159,10 @@ def selector_order(arm: Arm) -> tuple[float, int, str, bool, str]:
 
 def figures(results: pa.Table) -> Results:
     """The figures of results.parquet (``COLUMNS`` and value). NaN counts as missing."""
-    own = pc.if_else(pc.equal(results["method"], "energy"), "energy", "msp")
+    bare = pc.and_(pc.equal(results["selector"], NONE), pc.equal(results["score"], "energy"))
+    method = pc.if_else(bare, CE["energy"], results["method"])
+    results = results.set_column(results.schema.get_field_index("method"), "method", method)
+    own = pc.if_else(pc.is_in(method, pa.array(["energy", CE["energy"]])), "energy", "msp")
     keep = pc.or_(pc.equal(results["score"], own), pc.equal(results["score"], NONE))
     keep = pc.and_(keep, pc.is_in(results["protocol"], pa.array([FULL, REPEATED, MISCLASSIFICATION, "cost", "subset"])))
     keep = pc.and_(keep, pc.is_finite(results["value"]))
@@ -162,6 +173,9 @@ def figures(results: pa.Table) -> Results:
     ):
         what = What(metric, group, "" if group == ID else set_, protocol)
         values.setdefault(Arm(pool, id_, model, method, selector, gamma), {}).setdefault(what, {})[seed] = value
+    for arm in [arm for arm in values if arm.method == CE["energy"]]:  # accuracy is of no score
+        seen = values.get(arm._replace(method="ce"), {})
+        values[arm] = {what: seen[what] for what in seen if what.group == ID} | values[arm]
     return Results(values)
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pipelines.compare_gains import against, differences, trainers
 from pipelines.compare_stats import (
+    CE,
     FULL,
     FULL_POOL,
     GROUPS,
@@ -142,7 +143,7 @@ def _errors(results: Results) -> Iterator[Told]:
 def _costs(results: Results) -> Iterator[Told]:
     """Per block: what a selection costs, by selector and gamma, and what a training costs, by method."""
     for block in results.blocks:
-        arms = [arm for arm in results.arms if arm.block == block]
+        arms = [arm for arm in results.arms if arm.block == block and arm.method not in CE.values()]
         for what, costs, name in (("selection", SELECTION, arm_name), ("training", TRAINING, _trained)):
             known = [cost for cost in costs if any(results.of(arm, cost_of(cost[0])) for arm in arms)]
             rows = {

@@ -34,6 +34,7 @@ NAMES = {
     "fpr95_errors_accepted": "FPR95 of errors",
 }
 METHODS = {"oe": "OE", "mixoe": "MixOE", "openmix": "OpenMix", "logitmixoe": "LogitMixOE", "ce": "cross-entropy"}
+METHODS |= {"ce-energy": "CE, by energy"}
 HOW = "Percent, mean ± standard deviation over n training seeds."
 
 

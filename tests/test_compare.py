@@ -20,7 +20,7 @@ from miner.config import Config, Data
 from miner.errors import MinerError, UsageError
 from pipelines.compare_cells import ROWS, SCHEMA
 from pipelines.compare_config import Compare
-from pipelines.compare_matrix import Cell, expand, plan, recipe
+from pipelines.compare_matrix import Cell, expand, forwards, plan, recipe
 from pipelines.compare_run import Comparison
 from pipelines.compare_selectors import mining_config, settings, slug
 
@@ -103,7 +103,7 @@ def test_the_matrix_has_everything_once() -> None:
     assert last.subset == "mined/demo-demo-small-mined-s1/subset-0.1"
     told = plan(config, matrix, {"demo": 1000}, {"demo": 21_000})
     assert "classifiers  2, 14 epochs each: 28,000 images" in told
-    assert "cells        22, 20,000 images each: 440,000 forwarded" in told
+    assert "(ce 9,856, oe 19,712, energy 19,712 each)" in told
 
 
 def test_transfer_uses_subsets_of_other_models_and_id_sets() -> None:
@@ -132,6 +132,7 @@ def test_all_methods_forward_the_same_number_of_images() -> None:
         assert abs(found.epochs * (5000 // found.batch) * found.images_per_step - 100_000) < 5000 * 3
         assert found.lr == 0.01
     assert recipe(config, "ce", 5000).epochs == recipe(config, "oe", 5000).epochs
+    assert 2 * forwards(config, "ce", 5000) == forwards(config, "oe", 5000)
     assert recipe(config, None, 5000).epochs == config.epochs
     assert recipe(config, None, 5000).lr != 0.01
 
