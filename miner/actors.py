@@ -21,7 +21,7 @@ from miner.observed import observed
 from miner.pool import Pool
 from miner.rules import RootSums, Sums
 from miner.scores import Scores, scores_file
-from miner.weights import ShardState, final_table, write_arrow
+from miner.weights import REASONS, ShardState, final_table, write_arrow
 
 _DRAW_SALT = 1 << 32  # training draws of round r use salt _DRAW_SALT + r; the permanent number uses salt 0
 
@@ -166,6 +166,10 @@ class PoolShards:
         """Which rows are eligible, and their classes."""
         return self.state[shard].eligible, self.label[shard]
 
+    def reasons(self, shard: int) -> np.ndarray:
+        """How many rows each of REASONS has taken out, int64; first those that are left."""
+        return np.bincount(self.state[shard]["excluded"], minlength=len(REASONS))
+
     # --- update ----------------------------------------------------------------------------------------------
 
     def sums(self, shard: int) -> Sums:
@@ -251,23 +255,16 @@ class PoolShards:
         return rules.reference_factors(rules.softplus(self.state[shard]["state"][rows]), sums)
 
     def reference_step(
-        self,
-        shard: int,
-        rows: np.ndarray,
-        losses: np.ndarray,
-        root_loss: float,
-        batch: int,
-        alpha: float,
-        sums: RootSums,
+        self, shard: int, rows: np.ndarray, loss: np.ndarray, root_loss: float, batch: int, alpha: float, sums: RootSums
     ) -> RootSums:
         """One dense step of the released update on every row of the shard; returns the shard's new sums."""
         state = self.state[shard]
         keep = state.eligible
-        gradient = rules.reference_gradient(state["state"], rows, losses, root_loss, batch, alpha, sums)
+        gradient = rules.reference_gradient(state["state"], rows, loss, root_loss, batch, alpha, sums)
         moved, momentum = rules.reference_step(state["state"], state["momentum"], gradient)
         state["state"][keep], state["momentum"][keep] = moved[keep], momentum[keep]
-        state["loss"][rows] = losses
-        np.add.at(state["loss_sum"], rows, losses)
+        state["loss"][rows] = loss
+        np.add.at(state["loss_sum"], rows, loss)
         np.add.at(state["visits"], rows, np.uint32(1))
         return self.root_sums(shard)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -17,7 +18,8 @@ from miner.config import Config
 from miner.errors import MinerError, UsageError
 from miner.logs import log
 from miner.progress import Display
-from miner.rays import GONE, LostError, get
+from miner.rays import LostError, get, put
+from miner.weights import REASONS
 from trainers.data import IdSet
 
 POLL = 2.0  # seconds between two looks at what is being waited for
@@ -42,7 +44,7 @@ class Crew:
 
     def __init__(self, config: Config, pool: str, shards: int, id_set: IdSet, display: Display) -> None:
         self.config, self.pool, self.shards, self.display = config, pool, shards, display
-        self.id_set, self.id_images = ray.put(id_set), len(id_set.train_images)
+        self.id_set, self.id_images = put(id_set), len(id_set.train_images)
         self.kind = _slots(config)
         wanted = config.machines.pool_actors or min(_count("CPU") or 1, 16)
         self.names: dict[Any, str] = {}
@@ -133,6 +135,20 @@ class Crew:
         self.room[trainer] -= size
         self.holders[key] = trainer
         return True
+
+    def check_left(self) -> None:
+        """Raise MinerError, with their number by reason, when exclusions have left no image of the pool."""
+        left, *gone = np.sum(self.each("reasons"), axis=0).tolist()
+        if left:
+            return
+        told = ", ".join(f"{count:,} {reason}" for reason, count in zip(REASONS[1:], gone, strict=True) if count)
+        advice = "take another --pool"
+        if gone[REASONS.index("near-id") - 1]:
+            advice = (
+                "the classifier takes what is near-id for ID: start anew with another --checkpoint, or a higher "
+                "--exclude-near-id (0: no leak guard), in another --out"
+            )
+        raise MinerError(f"no image of the pool is left after exclusions ({told or 'it is empty'}): {advice}")
 
     # --- losses --------------------------------------------------------------------------------------------------
 
@@ -234,7 +250,7 @@ def _trouble(question: Any) -> str:
     """Why a question was not answered; "" when it was."""
     try:
         ray.get(question, timeout=0)
-    except (*GONE, ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError) as error:
+    except ray.exceptions.RayError as error:
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 
 from miner import baselines, ranking, rules
 from miner.cluster import Crew
@@ -22,6 +21,7 @@ from miner.errors import MinerError
 from miner.guard import NO_CLASS, class_means, near_id
 from miner.pool import Shard
 from miner.progress import Display
+from miner.rays import put
 from miner.rules import Sums
 from miner.run_dir import RunDir, write_file, write_json
 from miner.stepwise import stepwise_round
@@ -118,6 +118,7 @@ class Game:
         near = near_id(cosine, label, self.near)
         ends = np.cumsum([len(column) for column, _ in parts])[:-1]
         self.crew.each("guard", per_shard=[(mask,) for mask in np.split(near, ends)])
+        self.crew.check_left()
         classes = len(np.setdiff1d(label[near], [NO_CLASS]))
         self.display.say(
             f"leak guard: {near.sum():,} of {len(near):,} images left out as near ID"
@@ -132,11 +133,6 @@ class Game:
         """Reduce the global sums in shard order, apply the rule to every row, and report the new L_out."""
         self.phase(round_, "update", 1)
         before = rules.add_sums(self.crew.each("sums"))
-        if not before.rows:
-            raise MinerError(
-                "no image of the pool is left after exclusions: the classifier takes all of it for ID. Start anew with "
-                "another --checkpoint, or a higher --exclude-near-id (0: no leak guard), in another --out"
-            )
         self.scale = self.scale or rules.loss_std(before)
         level = self.equilibrium_level() if self.config.game.rule == "equilibrium" else 0.0
         if self.config.game.rule in ONE_SWEEP:
@@ -280,7 +276,7 @@ class Game:
         self.scale, self.converged = known["loss_scale"], known["converged"]
         state = (folder / "trainer.safetensors").read_bytes()
         self.theta = theta_of(state)
-        blob = ray.put(state)
+        blob = put(state)
         self.crew.get([trainer.set_state.remote(blob) for trainer in self.crew.trainers])
 
 

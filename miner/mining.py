@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from miner import memory, store
 from miner.board import Board
@@ -21,7 +20,7 @@ from miner.inputs import check, check_sizes, duplicates, eligible, open_pool
 from miner.loop import Game, theta_of
 from miner.outcome import Outcome, portable
 from miner.progress import Display
-from miner.rays import LostError, connect, store_use
+from miner.rays import LostError, connect, put, store_use
 from miner.run_dir import RunDir, write_json
 from trainers import models
 from trainers.checkpoint import load_net, pack, save_checkpoint, unpack
@@ -129,6 +128,7 @@ class Mining:
             game.restore(first - 1)
         else:
             self.crew.each("reset")
+            self.crew.check_left()
             game.theta = theta_of(self.theta_0)
             game.near = look_ups(self.config, self.crew, self.pool, self.uid_N2, self.dir.path, game.theta)
         self.crew.join(self.config.game.parts)
@@ -182,7 +182,7 @@ class Mining:
             self.dir.pretraining.forget()
             crew.kept()
         self.theta_0 = pack(net)
-        blob = ray.put(self.theta_0)
+        blob = put(self.theta_0)
         crew.get([trainer.set_state.remote(blob) for trainer in crew.trainers])
         self.accuracy = meta.get("accuracy")
         known = "accuracy unknown" if self.accuracy is None else f"{self.accuracy:.1%} of the ID test images right"
@@ -211,18 +211,20 @@ class Mining:
     def prepare(self) -> None:
         """Decode every shard once, mark duplicates, images of the ID set, and what does not decode."""
         known = ImageSet("ID", (self.id_set.train_images, self.id_set.test_images)).digests()
-        digests, owner = ray.put(np.unique(known)), self.crew.owner
+        digests, owner = put(np.unique(known)), self.crew.owner
         counts = [shard.count for shard in self.pool.shards]
         self.display.phase("decode", sum(counts))
-        if is_shared(self.pool):
+        shared = is_shared(self.pool)
+        if shared:
             self.decode(counts)
         jobs = [actor.prepare.remote(s, self.repeated[s], digests) for s, actor in enumerate(owner)]
         first_time = not hasattr(self, "undecodable")
-        self.undecodable = [
-            f"{shard.name}: {image}"
-            for shard, images in zip(self.pool.shards, self.crew.get(jobs), strict=True)
-            for image in images
-        ]
+        found = []
+        for shard, job in enumerate(jobs):
+            found += [f"{self.pool.shards[shard].name}: {image}" for image in self.crew.get(job)]
+            if not shared:
+                self.count(shard, counts[shard])
+        self.undecodable = found
         self.display.quarantined(len(self.undecodable))
         for image in self.undecodable[:3] if first_time else ():
             self.display.say(f"quarantined: {image}")
@@ -241,10 +243,14 @@ class Mining:
                 self.crew.get(ref)
                 actor, shard = busy.pop(ref)
                 free.append(actor)
-                if shard not in self.decoded:  # else it was only mapped again, after a loss
-                    self.decoded.add(shard)
-                    self.crew.kept()
-                self.display.advance(counts[shard])
+                self.count(shard, counts[shard])
+
+    def count(self, shard: int, images: int) -> None:
+        """A shard is decoded."""
+        if shard not in self.decoded:  # else it was only mapped again, after a loss
+            self.decoded.add(shard)
+            self.crew.kept()
+        self.display.advance(images)
 
 
 def mine(config: Config) -> Mined:

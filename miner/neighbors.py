@@ -15,7 +15,7 @@ from miner.errors import MinerError
 
 K_NEAREST = 50  # the leak guard judges by the 50th neighbour: one odd ID image should not condemn
 _SPARE = 14  # more candidates than needed, so that float32 search noise cannot decide who is 50th
-PRODUCTS = 1 << 28  # cosines that a GPU holds at once: 1 GiB
+ON_DEVICE = 1 << 29  # bytes of cosines and candidates that a GPU holds at once
 WHITENED = 48  # axes that strata are found in
 POINTS_PER_STRATUM = 64  # k-means sees this many images a stratum
 
@@ -78,7 +78,9 @@ class NearestID:
         """``query`` where the vectors lie: the same candidates but for float32 noise, the same float64 cosines."""
         assert self.on_device is not None
         found = []
-        for part_bD in query_BD.split(max(PRODUCTS // len(self.id_MD), 1)):
+        # A query's float32 cosines, and its candidates in float32 and float64.
+        bytes_each = 4 * len(self.id_MD) + 12 * self.candidates * self.id_MD.shape[1]
+        for part_bD in query_BD.split(max(ON_DEVICE // bytes_each, 1)):
             row_bK = (part_bD @ self.on_device.T).topk(self.candidates, dim=1).indices.sort(dim=1).values
             cosine_bK = torch.einsum("bkd,bd->bk", self.on_device[row_bK].double(), part_bD.double())
             cosine_bK, order_bK = cosine_bK.sort(dim=1, descending=True, stable=True)

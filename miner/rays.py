@@ -24,7 +24,15 @@ GONE = (
     exceptions.ObjectLostError,  # what it had made is gone with its machine
     exceptions.WorkerCrashedError,
     exceptions.NodeDiedError,
+    exceptions.OutOfMemoryError,  # Ray ends processes before the machine has no memory left
 )
+FULL: dict[type[Exception], str] = {  # what nobody else can do better: what to do about it
+    exceptions.OutOfDiskError: "no disk is left for what Ray's object store cannot hold; make space there (df /tmp)",
+    exceptions.ObjectStoreFullError: "Ray's object store is full; enlarge it (docker run --shm-size, on a cluster ray "
+    "start --object-store-memory), or take fewer --trainers or a smaller --batch",
+    exceptions.RuntimeEnvSetupError: "a worker process cannot start: Ray cannot set its environment; see "
+    "runtime_env_setup-*.log and runtime_env_agent.log among Ray's logs on that machine",
+}
 
 
 class LostError(MinerError):
@@ -136,24 +144,51 @@ def _knock(address: str) -> None:
 
 
 def get(refs: Any) -> Any:
-    """``ray.get``, with a worker's own MinerError brought back as itself, and a dead worker as a LostError."""
+    """``ray.get``, with a worker's own MinerError brought back as itself, and a dead worker as a LostError.
+
+    A full object store, disk or GPU is a MinerError too.
+    """
     try:
         return ray.get(refs)
-    except exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, MinerError):
-            raise cause from None
-        if isinstance(cause, GONE):  # it died while its result was on the way to another
-            raise _lost(cause) from None
-        if isinstance(cause, OSError):
-            raise MinerError(f"{cause.filename or 'a worker process'}: {cause.strerror or cause}") from None
-        raise
-    except GONE as error:
-        raise _lost(error) from None
+    except exceptions.RayError as error:
+        plain = _plain(getattr(error, "cause", error))  # a task's error may be that of what it was given
+        if plain is None:
+            raise
+        raise plain from None
+
+
+def put(value: Any) -> Any:
+    """``ray.put``, with a full object store or disk as a MinerError."""
+    try:
+        return ray.put(value)
+    except tuple(FULL) as error:
+        raise MinerError(str(_plain(error))) from None
+
+
+def _plain(error: BaseException) -> MinerError | None:
+    """What a user can mend, or what another process can do again; None for a bug."""
+    if isinstance(error, MinerError):
+        return error
+    if isinstance(error, GONE):
+        return _lost(error)
+    if advice := next((text for kind, text in FULL.items() if isinstance(error, kind)), ""):
+        return MinerError(f"{advice}; then run the same command again ({_lines(error)[0]})")
+    if isinstance(error, OSError):
+        return MinerError(f"{error.filename or 'a worker process'}: {error.strerror or error}")
+    if "OutOfMemoryError" in [kind.__name__ for kind in type(error).__mro__]:  # torch's, which need not be loaded here
+        return MinerError(
+            "the GPU's memory is full; take a smaller --batch (in the classifier's training --pretrain.batch), --model "
+            f"or --size ({_lines(error)[0]})"
+        )
+    return None
+
+
+def _lines(error: BaseException) -> list[str]:
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
 
 
 def _lost(error: BaseException) -> MinerError:
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [type(error).__name__]
+    lines = _lines(error)
     if "__init__" in lines[0]:  # it would fail again; its own error comes last
         return MinerError(f"a worker process cannot start ({lines[-1].strip()})")
     return LostError(f"a worker process died ({lines[0]}); run the same command again to go on")

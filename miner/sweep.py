@@ -139,8 +139,14 @@ class Sweep:
             if block.images is None and block.given:  # by a trainer that had them
                 if waits > self._late("scores") and not block.asked and len(self.crew.trainers) > 1:
                     self._ask(block)
+            elif block.images is None and not block.asked:  # its holder has enough to do, for long now
+                if waits > self._late("scores") and not self._freest()[1]:
+                    self.ready.remove(block)
+                    self.held -= 1
+                    block.holder = None
+                    self._ask(block)
             elif block.images is None:
-                if block.asked and waits > self._late("images") and len(block.asked) < min(len(self.crew.pools), 2):
+                if waits > self._late("images") and len(block.asked) < min(len(self.crew.pools), 2):
                     self._ask(block)
             elif block.given and waits > self._late("scores") and len(block.given) < 2:
                 trainer, load = self._freest()

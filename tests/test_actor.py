@@ -1,6 +1,9 @@
 """What the frozen classifier tells of the pool: views, looks, strata behind the guard. A plain class, without Ray."""
 
 import dataclasses
+import pkgutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +12,11 @@ import torch
 from miner.config import Game
 from miner.errors import MinerError
 from miner.guard import NO_CLASS
-from trainers import models
+from trainers import models, room
 from trainers.actor import Trainer
 from trainers.data import IdSet, normalise
 from trainers.train import uniformity
-from trainers.views import views
+from trainers.views import on_device, views
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +129,91 @@ def test_a_batch_is_halved_until_it_fits_the_gpu(
     most = 0
     with pytest.raises(MinerError, match="one image does not fit"):
         actor.features(images)
+
+
+@pytest.mark.parametrize("what", ["trainers.actor.on_device", "torch.cat", "miner.neighbors.NearestID.query"])
+def test_whatever_does_not_fit_the_gpu_is_tried_again(
+    small_set: IdSet, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    big = np.repeat(np.repeat(images, 2, axis=1), 2, axis=2)
+    actor, calls = trainer(small_set, views=2), []
+    actor.look_up_id()
+    expected = actor.score(big, look_up=True)
+    folder, _, name = what.rpartition(".")
+    owner = pkgutil.resolve_name(folder)
+    whole = getattr(owner, name)
+
+    def fails_once(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fails_once)
+    found = actor.score(big, look_up=True, key=b"k")
+    assert len(calls) > 1
+    assert actor.at_once == 128
+    assert list(actor.held) == [b"k"]
+    assert found.keys() == expected.keys()
+    for column, values in expected.items():
+        np.testing.assert_allclose(found[column], values, rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_a_large_set_go_to_the_device_block_by_block(
+    small_set: IdSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor, sizes = trainer(small_set), []
+    whole = actor.features(small_set.train_images)
+    assert actor.features(small_set.train_images[:0]).shape == (0, actor.net.feature_dim)
+
+    def seen(images: np.ndarray, device: torch.device) -> torch.Tensor:
+        sizes.append(len(images))
+        return on_device(images, device)
+
+    monkeypatch.setattr("trainers.actor.on_device", seen)
+    monkeypatch.setattr("trainers.actor.block_size", lambda size: 256)
+    assert actor.features(small_set.train_images).tobytes() == whole.tobytes()
+    assert sizes == [256, 44]
+
+
+def test_trainers_of_one_machine_share_what_is_free(small_set: IdSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainers.actor.free_bytes", lambda device: 1200)
+    rooms = [Trainer("small", small_set, seed=0, game=Game(), share=share).forget() for share in (1, 2, 3)]
+    assert rooms == [(600, False), (300, False), (200, False)]
+
+
+@pytest.mark.parametrize(
+    ("own", "files"),
+    [
+        (
+            "0::/a/b\n",
+            {
+                "a/memory.max": "5000",
+                "a/memory.current": "4500",
+                "a/memory.stat": "anon 4000\ninactive_file 400\n",
+                "a/b/memory.max": "max",
+                "a/b/memory.current": "100",
+                "a/b/memory.stat": "inactive_file 0\n",
+            },
+        ),
+        (
+            "7:cpu,cpuacct:/x\n4:memory:/docker/77\n0::/\n",  # in a container without a view of the host's groups
+            {
+                "memory/memory.limit_in_bytes": "5000",
+                "memory/memory.usage_in_bytes": "4500",
+                "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 400\n",
+            },
+        ),
+        ("0::/\n", {"memory.max": "5000", "memory.current": "9000", "memory.stat": ""}),
+    ],
+)
+def test_a_containers_limit_counts(
+    own: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(room, "OWN", tmp_path / "own")
+    monkeypatch.setattr(room, "CGROUPS", tmp_path)
+    assert room.free_bytes(torch.device("cpu")) == (0 if "9000" in files.values() else 900)

@@ -171,6 +171,34 @@ def test_what_trainers_have_kept_does_not_travel_again(trainers: int, share: flo
     assert all(room >= 0 for room in crew.room.values())
 
 
+def test_a_slow_trainer_does_not_hold_the_blocks_that_it_has_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "LATE_SECONDS", -1.0)  # everything is late at once
+    monkeypatch.setattr(sweep, "LATE", -1.0)
+    counts = [40 * 256]
+    crew = FakeCrew(counts, 1, 2)
+    slow = crew.trainers[0]
+    answer, answered = crew.wait, []
+
+    def wait(refs: list[Ref], count: int = 1, seconds: float = 1.0) -> tuple[list[Ref], list[Ref]]:
+        late = [ref for ref, (_, trainer) in going.scoring.items() if trainer is slow]
+        first = answer([ref for ref in refs if ref not in late] or late)[0][0]
+        answered.append(first in late)
+        return [first], [ref for ref in refs if ref is not first]
+
+    crew.wait = wait  # type: ignore[method-assign]
+    masks = [np.packbits(np.ones(count, bool)) for count in counts]
+    blocks = list(sweep.cut(masks, counts, 256))
+    for number, block in enumerate(blocks):
+        crew.holders[block.key] = crew.trainers[number % 2]
+        crew.trainers[number % 2].kept[block.key] = len(block.rows)
+    going = sweep.Sweep(crew, Display(), False, False, "nowhere", "stamp")  # type: ignore[arg-type]
+    crew.watched = going
+    going.run(iter(blocks))
+    assert not crew.pools[0].missing[0].any()
+    assert sum(answered) == 0  # the slow one has answered nothing yet
+    assert going.held < len(blocks) / 2 + sweep.IN_FLIGHT
+
+
 # --- the driver ------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,16 +29,21 @@ from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
 from miner import demo
-from miner.build import finish, prepare, run_job
+from miner.actors import PoolShards
+from miner.build import finish, prepare, run_job, write_arrays_pool
 from miner.cluster import Crew
-from miner.config import Config, Data, Game, Machines, Output, Selection
+from miner.config import Config, Data, Game, Machines, Selection
 from miner.errors import MinerError, UsageError
 from miner.exclude import exclude
 from miner.images import png
-from miner.mining import Mined, mine
+from miner.inputs import duplicates
+from miner.mining import Mined, Mining, mine
 from miner.pool import Pool
+from miner.progress import Display
+from miner.rates import OneProcess
 from miner.rays import connect
 from miner.recipe import Recipe
+from miner.run_dir import RunDir
 from miner.subset import load_subset
 from miner.tars import TarWriter
 from miner.weights import TABLE, load_weights
@@ -45,6 +51,7 @@ from trainers.actor import Trainer
 from trainers.checkpoint import load_net, save_checkpoint
 from trainers.config import PretrainConfig
 from trainers.data import load_id
+from trainers.image_set import ImageSet
 
 COUNTS = (500, 502, 498)  # images a shard; the second holds a repeated and a broken one
 TWIN, BROKEN = 300, 301
@@ -480,11 +487,70 @@ def test_losses_that_are_not_finite_end_the_run_and_name_keys(base: Config, chec
 
 
 def test_a_guard_that_leaves_nothing_is_one_line(base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ``reference``, which sweeps for the guard alone; every other rule does the same sweep."""
     monkeypatch.setattr("miner.loop.near_id", lambda cosine, label, near: np.ones(len(cosine), bool))
-    selection = dataclasses.replace(base.selection, exclude_near_id=0.01)
-    config = dataclasses.replace(base, selection=selection, output=Output(out=str(tmp_path / "run")))
-    with pytest.raises(MinerError, match="no image of the pool is left after exclusions"):
-        mine(config)
+    error = failure(change(base, tmp_path / "run", exclude_near_id=0.01, rule="reference"))
+    assert "no image of the pool is left after exclusions (1 duplicate, 1 decode, 1,498 near-id)" in str(error)
+    assert "--exclude-near-id" in str(error)
+
+
+class Here(OneProcess):
+    """A crew in this process."""
+
+    check_left = Crew.check_left
+
+
+def test_a_pool_of_id_images_alone_is_one_line_before_anything_is_fitted(tmp_path: Path) -> None:
+    images = load_id("demo").train_images[:40]
+    (tmp_path / "pool").mkdir()
+    write_arrays_pool(str(tmp_path / "pool"), "id", images, np.zeros(40, np.int64), ("digit",), shard_count=2)
+    mining = Mining.__new__(Mining)
+    mining.config, mining.dir, mining.display, mining.theta_0 = Config(), RunDir(tmp_path / "run"), Display(), b""
+    for known in (39, 40):
+        owner, digests = (
+            PoolShards(str(tmp_path / "pool"), 32, 0, "poem", 1.0),
+            ImageSet("ID", (images[:known],)).digests(),
+        )
+        mining.pool, mining.crew = owner.pool, Here(owner, 2, mining.display)  # type: ignore[assignment]
+        for shard in range(2):
+            owner.prepare(shard, np.zeros(0, np.int64), np.unique(digests))
+            owner.reset(shard)
+        if known == 39:
+            mining.crew.check_left()
+    with pytest.raises(MinerError, match=r"left after exclusions \(40 id-duplicate\): take another --pool"):
+        mining.restored()
+
+
+def test_decoding_tells_how_far_it_is_where_no_cache_is_shared(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUTLIER_CACHE", str(tmp_path))
+    told: list[str] = []
+    mining = Mining.__new__(Mining)
+    mining.pool, mining.decoded, mining.repeated = pool, set(), duplicates(pool)[1]
+    mining.id_set = load_id("demo")
+    owner = PoolShards(pool.path, 32, 0, "hedge", 1.0)
+
+    def prepare(shard: int, repeated: np.ndarray, digests: np.ndarray) -> list[str]:
+        told.append(f"shard {shard}")
+        return owner.prepare(shard, repeated, digests)
+
+    method = SimpleNamespace(remote=lambda *args: lambda: prepare(*args))
+    mining.crew = SimpleNamespace(  # type: ignore[assignment]
+        owner=[SimpleNamespace(prepare=method)] * len(COUNTS),
+        get=lambda job: job(),
+        kept=lambda: told.append("kept"),
+    )
+    mining.display = Display()
+    monkeypatch.setattr(mining.display, "advance", lambda images: told.append(f"{images} images"))
+    monkeypatch.setattr("miner.mining.put", lambda value: value)
+    each = [[f"shard {shard}", "kept", f"{count} images"] for shard, count in enumerate(COUNTS)]
+    mining.prepare()
+    assert told == [line for lines in each for line in lines]
+    assert [line.partition(" (")[0] for line in mining.undecodable] == ["part-1.tar: 000801"]
+    told.clear()
+    mining.prepare()  # after a loss
+    assert told == [line for lines in each for line in lines if line != "kept"]
 
 
 def test_a_run_is_not_continued_under_other_settings(plain: Mined, base: Config) -> None:

@@ -111,11 +111,23 @@ def test_no_query(id_features: np.ndarray, how: str) -> None:
 def test_a_device_finds_what_faiss_finds(
     id_features: np.ndarray, pool_features: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neighbors, "PRODUCTS", 100 * len(id_features))  # several blocks
-    found, wanted = (search(id_features, how).query(pool_features) for how in ("device", "faiss"))
-    for column, expected in zip(found, wanted, strict=True):
+    wanted, whole = (search(id_features, how).query(pool_features) for how in ("faiss", "device"))
+    sizes: list[int] = []
+    einsum = torch.einsum
+
+    def seen(form: str, vectors: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+        sizes.append(vectors.nbytes)
+        return einsum(form, vectors, queries)
+
+    monkeypatch.setattr(neighbors, "ON_DEVICE", 10 << 20)
+    monkeypatch.setattr(torch, "einsum", seen)
+    found = search(id_features, "device").query(pool_features)
+    assert len(sizes) > 1
+    assert max(sizes) < 10 << 20
+    for column, expected, at_once in zip(found, wanted, whole, strict=True):
         assert column.dtype == expected.dtype
         np.testing.assert_allclose(column, expected, atol=1e-7)
+        np.testing.assert_array_equal(column, at_once)
 
 
 # --- strata ---

@@ -4,7 +4,9 @@ import dataclasses
 import itertools
 import json
 import os
+import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
+from ray import exceptions
 
 from benchmarks.chaos import half_written, processes, result
 from benchmarks.slow import Slow
-from miner import demo, loop, sweep
+from miner import cluster, demo, loop, rays, sweep
 from miner.build import write_arrays_pool
 from miner.cluster import Crew
 from miner.config import Config, Data, Game, Machines, Output, Selection
@@ -263,6 +267,55 @@ def test_a_slow_actor_does_not_hold_the_round(
     assert records[0]["blocks_lent"] > 0
     assert mined.summary["deaths"] == []
     assert result(mined.run) == peace  # type: ignore[arg-type]
+
+
+def of_a_task(error: Exception) -> Exception:
+    """As Ray brings a worker's error."""
+    told = exceptions.RayTaskError("score", "traceback", error)
+    return pickle.loads(pickle.dumps(told)).as_instanceof_cause()
+
+
+LOW = exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory on the node ...")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (LOW, LostError, "a worker process died (Task was killed due to the node running low on memory.)"),
+        (exceptions.OutOfDiskError("The object"), MinerError, "make space"),
+        (exceptions.ObjectStoreFullError("Failed to put"), MinerError, "docker run --shm-size"),
+        (exceptions.RuntimeEnvSetupError("no agent"), MinerError, "runtime_env_agent.log"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"), MinerError, "a smaller --batch"),
+    ],
+)
+def test_what_ray_runs_out_of_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type, said: str, nested: bool
+) -> None:
+    told = of_a_task(error) if nested or not isinstance(error, exceptions.RayError) else error
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise told
+
+    monkeypatch.setattr(ray, "get", fail)
+    monkeypatch.setattr(ray, "put", fail)
+    with pytest.raises(MinerError) as caught:
+        rays.get([])
+    assert type(caught.value) is kind
+    assert said in str(caught.value)
+    assert cluster._trouble(None)
+    if isinstance(error, tuple(rays.FULL)) and not nested:
+        with pytest.raises(MinerError, match=re.escape(said)):
+            rays.put(0)
+
+
+def test_a_bug_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(refs: Any) -> None:
+        raise of_a_task(ZeroDivisionError("division by zero"))
+
+    monkeypatch.setattr(ray, "get", fail)
+    with pytest.raises(ZeroDivisionError):
+        rays.get([])
 
 
 # --- what lies in the run directory is damaged ---

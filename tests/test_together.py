@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from miner import demo
 from miner.config import Game
@@ -109,3 +110,22 @@ def test_a_member_that_is_gone_is_a_loss(digits: IdSet, pool: np.ndarray) -> Non
 def test_members_meet_on_this_nodes_address_only() -> None:
     with together.listen() as meeting:
         assert meeting.getsockname()[0] == "127.0.0.1"
+
+
+def test_members_on_gpus_need_no_index_of_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees one GPU alone, as "cuda"; gloo stands in for NCCL here."""
+
+    class Nccl(dist.ProcessGroupGloo):
+        @staticmethod
+        def Options() -> object:
+            options = dist.ProcessGroupGloo._Options()
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+            return options
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Nccl, raising=False)
+    meeting, members = together.listen(), [Group(rank, 2) for rank in range(2)]
+    where = meeting.getsockname()
+    device = torch.device("cuda")
+    at_once([lambda m=m: m.meet(where, device, meeting if m.rank == 0 else None) for m in members])
+    found = at_once([lambda m=m: m.gather(torch.full((1, 3), float(m.rank)), 2) for m in members])
+    assert [[row.tolist() for row in rows] for rows in found] == [[[0.0] * 3, [1.0] * 3]] * 2

@@ -12,27 +12,27 @@ import torch
 from miner import telemetry
 from miner.baselines import poem_distance, poem_draw, poem_posterior
 from miner.config import Game
-from miner.errors import MinerError
 from miner.files import place
 from miner.guard import near_id
 from miner.neighbors import WHITENED, NearestID, Strata, check_finite, fit_strata, unit
 from miner.observed import observed
 from miner.run_dir import RunDir, write_file
+from miner.sweep import block_size
 from trainers import models
 from trainers.checkpoint import pack, restore
 from trainers.config import PretrainConfig
 from trainers.data import IdSet, normalise
 from trainers.fit import pretrain
+from trainers.room import fitting, free_bytes
 from trainers.together import Group, descend_together, listen, own_gradients, own_positions, part_sizes
 from trainers.train import autocast, features_and_logits, joint_step, uniformity
 from trainers.train import place as to_device
-from trainers.views import free_bytes, game_batch, on_device, views
+from trainers.views import game_batch, on_device, views
 
 Tensors = tuple[torch.Tensor, ...]
 
 # Images a forward pass: what fits a CPU's caches; a GPU halves it until it fits its memory.
 _FORWARD = {"cpu": 256, "cuda": 4096}
-
 
 _STATE = "state.safetensors"  # of a pre-training epoch
 _NEAR_SAMPLE, _NEAR_SALT = 5_000, 0x1D  # ID images that say how near is near
@@ -45,7 +45,7 @@ class Trainer:
         """``share``: how many trainers there are on this machine, which score in as many parts of its cores."""
         # One core is left to pool actors and driver: OpenMP threads that share a core wait for each other.
         self.training_threads, self.scoring_threads = game.threads, max(((os.cpu_count() or 2) - 1) // share, 1)
-        self.seed, self.alpha, self.batch, self.views = seed, game.alpha, game.batch, game.views
+        self.share, self.seed, self.alpha, self.batch, self.views = share, seed, game.alpha, game.batch, game.views
         self.by_features = game.rule == "dos"  # as published: clusters of its features, not of all that is seen
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.at_once = _FORWARD[self.device.type]
@@ -122,16 +122,8 @@ class Trainer:
     def _batched(self, images_BHWC: torch.Tensor, forward: Callable[[torch.Tensor], Tensors]) -> Tensors:
         """What ``forward`` gives of the normalised images, batch by batch, joined; all of it stays on the device."""
         torch.set_num_threads(self.scoring_threads)
-        try:
-            parts = [forward(normalise(batch)) for batch in images_BHWC.split(self.at_once)]
-        except torch.OutOfMemoryError:
-            if self.at_once == 1:
-                raise MinerError("one image does not fit the GPU's memory: a smaller --model or --size") from None
-            self.at_once //= 2
-        else:
-            return tuple(torch.cat(found) for found in zip(*parts, strict=True))
-        torch.cuda.empty_cache()
-        return self._batched(images_BHWC, forward)
+        parts = [forward(normalise(batch)) for batch in images_BHWC.split(self.at_once)]
+        return tuple(torch.cat(found) for found in zip(*parts, strict=True))
 
     def _forward(self, images: torch.Tensor) -> Tensors:
         """Float32 features and logits."""
@@ -152,9 +144,16 @@ class Trainer:
         return features, self.net.head(features), looks
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """Penultimate features float32 ``[n, D]`` of uint8 images ``[n, S, S, 3]``."""
+        """Penultimate features float32 ``[n, D]`` of uint8 images ``[n, S, S, 3]``; block by block on the device."""
+        size = block_size(images.shape[1])
+        blocks = [images[start : start + size] for start in range(0, max(len(images), 1), size)]
+        return np.concatenate([self._features(block) for block in blocks])
+
+    @fitting
+    def _features(self, images: np.ndarray) -> np.ndarray:
         return self._forward(on_device(images, self.device))[0].cpu().numpy()
 
+    @fitting
     def looks(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Float32 features ``[n, D]``, and what strata are found in ``[n, F]``, of uint8 images ``[n, S, S, 3]``."""
         features, _, looks = self._look(on_device(images, self.device))
@@ -219,8 +218,10 @@ class Trainer:
     def forget(self) -> tuple[int, bool]:
         """Let go of all images that were kept. Returns how many bytes could be kept, and whether on a GPU."""
         self.held.clear()
-        return free_bytes(self.device) // 2, self.device.type == "cuda"
+        gpu = self.device.type == "cuda"  # its own; memory is shared with the other trainers of this machine
+        return free_bytes(self.device) // (2 if gpu else 2 * self.share), gpu
 
+    @fitting
     def score(self, images: np.ndarray | None, look_up: bool, key: bytes = b"") -> dict[str, np.ndarray]:
         """Uniformity loss float32 ``[n]`` of each image, the mean over ``views`` of it.
 
@@ -229,8 +230,6 @@ class Trainer:
         """
         scores: dict[str, np.ndarray] = {}
         x = self.held[key] if images is None else on_device(images, self.device)
-        if key:
-            self.held[key] = x
         if look_up and self.strata is not None:
             features, logits, looks = self._look(x)
         else:
@@ -246,7 +245,10 @@ class Trainer:
                 scores |= dict(zip(("nn_id_row", "nn_id_cosine", "nn50_id_cosine"), found, strict=True))
             if self.boundary is not None:
                 scores["boundary"] = poem_distance(features.cpu().numpy(), self.boundary)
-        return scores | {"loss": loss.cpu().numpy()}
+        scores["loss"] = loss.cpu().numpy()
+        if key:
+            self.held[key] = x
+        return scores
 
     def meet(self) -> tuple[str, int]:
         """Address and port at which trainers that are to train together find this one, the first of them."""

@@ -70,8 +70,7 @@ class Group:
                 *where, self.world, first, PATIENCE, wait_for_workers=False, master_listen_fd=listening
             )
             kind: Any = dist.ProcessGroupNCCL if device.type == "cuda" else dist.ProcessGroupGloo
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
+            if device.type == "cuda":  # the current one: Ray shows each process the GPU that is its own, and no other
                 settings = kind.Options()
             else:
                 settings = kind._Options()

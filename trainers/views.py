@@ -1,6 +1,5 @@
 """Where images meet the net in the game: their way to the device, views that are scored, batches that train."""
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,13 +18,6 @@ def on_device(images: np.ndarray, device: torch.device) -> Tensor:
     copy = torch.empty(images.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
     np.copyto(copy.numpy(), images)
     return copy.to(device, non_blocking=True)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of ``device`` that is free now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def views(images: Tensor, count: int, flip: bool) -> Iterator[Tensor]:
