@@ -139,11 +139,14 @@ def why_no_key(key: str) -> str | None:
     if "." in base or not base:
         return DOT if base else "a key must not be empty"
     name = f"{key}.json"  # an image's, `.jpg` to `.webp`, and `.cls` are no longer
-    try:
-        tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT)
-    except ValueError:  # of a name, also one that is not UTF-8
-        return "too long a key for a plain tar (over 95 bytes)"
-    return why_not(name)
+    if (why := why_not(name)) is not None:
+        return why
+    if len(name.encode()) > tarfile.LENGTH_NAME:  # a longer one fits where it can be cut at a folder
+        try:
+            tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT)
+        except ValueError:
+            return "too long a key for a plain tar (over 95 bytes)"
+    return None
 
 
 def expand(source: str | os.PathLike[str], target: IO[bytes]) -> None:
