@@ -79,7 +79,10 @@ def _arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def run_job(folder: str, job: Job) -> int:
-    """Make one shard unless it is complete; returns its number of images. MinerError names the file."""
+    """Make one shard unless it is complete; returns its number of images. MinerError names the file.
+
+    A part of the source without any image makes no shard.
+    """
     stem = os.path.join(folder, "shards", f"{job.number:06d}")
     done = _complete(folder, stem, job)
     if done is not None:
@@ -97,6 +100,8 @@ def _complete(folder: str, stem: str, job: Job) -> int | None:
     try:
         note = read_json(f"{stem}.json")
         entry, stamp = note["shard"], note["stamp"]
+        if entry is None and stamp == job.stamp:
+            return 0  # no image in its part of the source
         size = file_size(os.path.join(folder, entry["path"]))
         recorded, count = int(entry["file_bytes"]), int(entry["count"])
     except FileNotFoundError:
@@ -111,13 +116,18 @@ def _complete(folder: str, stem: str, job: Job) -> int | None:
 def finish(recipe: Recipe, folder: str, name: str, planned: Plan, licence: str = "") -> Pool:
     """Join the shards' rows into index.parquet (and sources.parquet) and write pool.json last; returns the opened pool.
 
-    Raises MinerError when two shards share a key or a label has no class.
+    Raises MinerError when two shards share a key, a label has no class, or there is no image at all.
     """
     stems = [os.path.join(folder, "shards", f"{job.number:06d}") for job in planned.jobs]
-    tables = (_rows(f"{stem}.parquet") for stem in stems)
     notes = [read_json(f"{stem}.json") for stem in stems]
-    entries = [note["shard"] for note in notes]
-    source = {"kind": recipe.source, "arguments": _arguments(recipe), "skipped": skipped(planned, notes)}
+    stems = [stem for stem, note in zip(stems, notes, strict=True) if note["shard"]]
+    entries = [note["shard"] for note in notes if note["shard"]]
+    left_out = skipped(planned, notes)
+    if not entries:
+        reasons = ", ".join(f"{count} {why}" for why, count in left_out.items())
+        raise MinerError(f"{recipe.inputs[0]}: no images in it ({reasons})")
+    tables = (_rows(f"{stem}.parquet", shard) for shard, stem in enumerate(stems))
+    source = {"kind": recipe.source, "arguments": _arguments(recipe), "skipped": left_out}
     join_names(folder, [f"{stem}.parquet" for stem in stems])
     return _write_manifest(folder, name, planned, entries, tables, source, licence)
 
@@ -131,9 +141,12 @@ def skipped(planned: Plan, notes: list[dict[str, Any]]) -> dict[str, int]:
     return counts
 
 
-def _rows(path: str) -> pa.Table:
+def _rows(path: str, shard: int) -> pa.Table:
+    """A shard's own rows, under the number it has among those that are not empty."""
     with open_binary(path) as file:
-        return pq.read_table(file, schema=INDEX_SCHEMA)
+        table = pq.read_table(file, schema=INDEX_SCHEMA)
+    place = table.schema.get_field_index("shard")
+    return table.set_column(place, table.schema.field(place), pa.array(np.full(len(table), shard, np.int32)))
 
 
 def _write_manifest(

@@ -19,6 +19,7 @@ from miner.errors import MinerError, disk_full
 MERGE_GAP = 64 << 10  # bytes between two wanted ranges that are cheaper to read than to ask for twice
 MERGE_SPAN = 16 << 20
 CHUNK = 4 << 20
+PORTION = 256 << 20
 # What numpy raises on a hostile .npy header: it is a Python literal.
 NPY_ERRORS = (
     ValueError, EOFError, TypeError, OverflowError, SyntaxError, RecursionError, MemoryError, KeyError, IndexError,
@@ -162,15 +163,41 @@ def read_whole(path: str | Place) -> bytes:
     return data
 
 
+def check_name(path: str) -> str:
+    """A path that was found on disk, itself. MinerError when its name is not UTF-8: nothing could be written of it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise MinerError(f"{path}: this name is not UTF-8; rename it (convmv does it for whole folders)") from None
+    return path
+
+
+def portions(sizes: Sequence[int]) -> Iterator[slice]:
+    """Neighbours to hold in memory together, by their ``sizes``: PORTION bytes, 10,000 items, or one larger item."""
+    start = total = 0
+    for i, size in enumerate(sizes):
+        if i > start and (total + size > PORTION or i == start + 10_000):
+            yield slice(start, i)
+            start, total = i, 0
+        total += size
+    if start < len(sizes):
+        yield slice(start, len(sizes))
+
+
 def read_json(path: str | Place) -> Any:
     """The value of a JSON file. Raises as ``read_whole`` and ``parse_json`` do."""
     return parse_json(read_whole(path), path)
 
 
 def parse_json(data: bytes | str, where: object) -> Any:
-    """The value of a JSON text. Raises MinerError, naming ``where``, for anything else and for nesting too deep."""
+    """The value of a JSON text. Raises MinerError, naming ``where``, for anything else and for nesting too deep.
+
+    Also for strings that are no Unicode (half a surrogate pair): no table and no file could hold them.
+    """
     try:
-        return json.loads(data)
+        value = json.loads(data)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise MinerError(f"{where}: not JSON that can be read (nested too deep); restore it or make it again") from None
     except ValueError as error:

@@ -4,13 +4,15 @@ from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
+import pyarrow.compute as pc
 
 from miner import ranking, rules
 from miner.buckets import BucketPath, check_writable
 from miner.build import write_arrays_pool
 from miner.config import MOST_VIEWS, Config
-from miner.errors import UsageError
+from miner.errors import MinerError, UsageError
 from miner.pool import Pool, resolve
+from miner.tars import PLAIN_KEY, why_no_key
 
 AT_ONCE = 1 << 16  # rows compared at once
 
@@ -61,9 +63,11 @@ def check(config: Config) -> None:
 
 
 def open_pool(config: Config) -> Pool:
-    """The pool of ``--pool``; the demo's is drawn into the run directory the first time."""
+    """The pool of ``--pool``, fit to be mined; the demo's is drawn into the run directory the first time."""
     if config.data.pool != "demo":
-        return Pool.open(resolve(config.data.pool))
+        pool = Pool.open(resolve(config.data.pool))
+        check_keys(pool)
+        return pool
     folder = config.run_dir / "demo-pool"
     if not (folder / "pool.json").exists():
         from miner import demo
@@ -72,6 +76,17 @@ def open_pool(config: Config) -> Pool:
         folder.mkdir(parents=True, exist_ok=True)
         write_arrays_pool(str(folder), "demo", images, labels, demo.FAMILIES)
     return Pool.open(str(folder))
+
+
+def check_keys(pool: Pool) -> None:
+    """MinerError for a pool with keys that no subset could hold, before hours are spent on one."""
+    if all(entry.kind == "raw" for entry in pool.shards):
+        return  # their keys are numbers, perhaps 80 million of them
+    for entry, part in zip(pool.shards, pool.index_parts(["key"]), strict=True):
+        doubtful = pc.invert(pc.match_substring_regex(part["key"], PLAIN_KEY))
+        for key in part["key"].filter(doubtful).to_pylist():
+            if (why := why_no_key(key)) is not None:
+                raise MinerError(f"{entry.path}: key {key!r}: {why}; make the pool {pool.path} again")
 
 
 def duplicates(pool: Pool) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -68,8 +68,11 @@ class Pool:
     count: int
     licence: str = ""
     class_info: Any = None
-    _extents: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
-    _uids: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    _extents: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
+    _footer: list[pq.FileMetaData] = field(default_factory=list, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_extents": {}, "_footer": []}  # what was read is read again elsewhere
 
     @classmethod
     def open(cls, path: str) -> "Pool":
@@ -134,9 +137,8 @@ class Pool:
 
     def read_unchanged(self, shard: int, rows: Sequence[int]) -> list[bytes | None]:
         """The same, with None for each image that is not what its uid says."""
-        entry, extents = self.shards[shard], self._ranges(shard)
+        entry, (extents, uids) = self.shards[shard], self._ranges(shard)
         found = read_ranges(entry.path, [(int(a), int(b)) for a, b in extents[np.asarray(rows, int)]])
-        uids = self._uids[shard]
         images: list[bytes | None] = []
         for row, data in zip(rows, found, strict=True):
             if hashlib.blake2b(data, digest_size=16).digest() != uids[row].tobytes():
@@ -151,8 +153,7 @@ class Pool:
         """Read-only uint8 [n, H, W, 3] of a raw shard: a view into the file when it is local."""
         entry = self.shards[shard]
         if is_url(entry.path):
-            data = read_ranges(entry.path, [(entry.record_offset, entry.bytes)])[0]
-            flat = np.frombuffer(data, np.uint8)
+            flat = np.frombuffer(read_ranges(entry.path, [(entry.record_offset, entry.bytes)])[0], np.uint8)
         else:
             flat = np.memmap(entry.path, np.uint8, "r", entry.record_offset, (entry.bytes,))
         return _pixels(entry, flat)
@@ -168,11 +169,11 @@ class Pool:
         entry = self.shards[shard]
         if sha256(entry.path, entry.record_offset, entry.bytes) != entry.sha256:
             raise MinerError(f"{entry.path}: its bytes changed since the pool was made (shard {entry.name})")
-        expected = self.shard_index(shard, ["uid"]).column("uid").to_pylist()
+        extents, uids = self._ranges(shard)
         for start in range(0, entry.count, 1024):
-            part = self._ranges(shard)[start : start + 1024].tolist()
+            part = extents[start : start + 1024].tolist()
             for row, data in enumerate(read_ranges(entry.path, part), start):
-                if uid_of(data) != expected[row]:
+                if uid_of(data) != uids[row].tobytes().hex():
                     raise MinerError(f"{self.path}/index.parquet: another uid in row {row} of {entry.name}")
 
     def verify_fingerprint(self) -> None:
@@ -181,13 +182,14 @@ class Pool:
             raise MinerError(f"{self.path}/index.parquet: its uids do not give the fingerprint of pool.json")
 
     def _parquet(self) -> pq.ParquetFile:
+        """The index, open. Its footer, long to read where shards are thousands, is read once; threads may share it."""
         path = f"{self.path}/index.parquet"
         try:
-            if is_url(path):
-                with explained(path):
-                    fs, inner = filesystem(path)
-                    return pq.ParquetFile(fs.open(inner, "rb"))
-            return pq.ParquetFile(path)
+            with explained(path):
+                fs, inner = filesystem(path) if is_url(path) else (None, path)
+                parquet = pq.ParquetFile(fs.open(inner, "rb") if fs else path, metadata=next(iter(self._footer), None))
+            self._footer[:] = [parquet.metadata]
+            return parquet
         except FileNotFoundError:
             raise MinerError(f"{path}: missing; run the command that made the pool again") from None
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -231,31 +233,29 @@ class Pool:
         if groups != counts or sum(counts) != self.count:
             there, told = f"{sum(groups)} rows in {len(groups)} shards", f"{self.count} in {len(counts)}"
             raise MinerError(f"{self.path}/index.parquet: {there}; pool.json says {told}; make the pool again")
-        local = {shard.path for shard in self.shards if not is_url(shard.path)}
-        sizes = {path: regular_size(path) for path in local}
+        sizes = {path: regular_size(path) for path in {shard.path for shard in self.shards} if not is_url(path)}
         for shard in self.shards:
-            if shard.path in local and (size := sizes[shard.path]) != shard.file_bytes:
+            if (size := sizes.get(shard.path, shard.file_bytes)) != shard.file_bytes:
                 raise MinerError(f"{shard.path}: {size} bytes, not {shard.file_bytes} as recorded; restore it")
 
-    def _ranges(self, shard: int) -> np.ndarray:
-        """(offset, size) of each image of a shard, int64 [n, 2], all inside its file; its uids go to ``_uids``."""
-        if shard not in self._extents:
-            entry = self.shards[shard]
-            table = self.shard_index(shard, ["uid", "offset", "size"])
-            extents = np.stack([table["offset"].to_numpy(), table["size"].to_numpy()], axis=1)
-            limit = entry.file_bytes - extents[:, 1]
-            if entry.kind == "raw":
-                record = entry.bytes // entry.count
-                extents = np.full_like(extents, record)
-                extents[:, 0] = entry.record_offset + record * np.arange(entry.count)
-            elif (extents < 0).any() or (extents[:, 1] > MAX_IMAGE).any() or (extents[:, 0] > limit).any():
-                raise MinerError(f"{self.path}/index.parquet: byte ranges outside {entry.path}")
-            if len(self._extents) >= 64:  # a pool of thousands of shards must not keep every table in memory
-                self._extents.clear()
-                self._uids.clear()
-            self._extents[shard] = extents
-            self._uids[shard] = np.frombuffer(bytes.fromhex("".join(table["uid"].to_pylist())), "V16")
-        return self._extents[shard]
+    def _ranges(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """(offset, size) of each image of a shard, int64 [n, 2], all inside its file; and its uids, "V16" [n]."""
+        if (known := self._extents.get(shard)) is not None:
+            return known
+        entry, table = self.shards[shard], self.shard_index(shard, ["uid", "offset", "size"])
+        extents = np.stack([table["offset"].to_numpy(), table["size"].to_numpy()], axis=1)
+        limit = entry.file_bytes - extents[:, 1]
+        if entry.kind == "raw":
+            record = entry.bytes // entry.count
+            extents = np.full_like(extents, record)
+            extents[:, 0] = entry.record_offset + record * np.arange(entry.count)
+        elif (extents < 0).any() or (extents[:, 1] > MAX_IMAGE).any() or (extents[:, 0] > limit).any():
+            raise MinerError(f"{self.path}/index.parquet: byte ranges outside {entry.path}")
+        if len(self._extents) >= 64:  # a pool of thousands of shards must not keep every table in memory
+            self._extents.clear()
+        uids = np.frombuffer(bytes.fromhex("".join(table["uid"].to_pylist())), "V16")
+        self._extents[shard] = extents, uids
+        return extents, uids
 
 
 def pools_folder() -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from miner.errors import MinerError, UsageError
-from miner.files import read_json
+from miner.files import check_name, read_json
 
 PER_TAR = 10_000
 PER_RAW = 65_536
@@ -98,7 +98,7 @@ def files_of(recipe: Recipe, suffixes: tuple[str, ...]) -> list[str]:
             raise UsageError(f"{path}: --source {recipe.source} takes {' or '.join(suffixes)}")
     if not found:
         raise MinerError(f"{recipe.inputs[0]}: no {' or '.join(suffixes)} matching --glob {recipe.glob!r}")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(map(check_name, found)))
 
 
 def class_of(source: str, folder: str) -> str | None:

@@ -25,8 +25,13 @@ def write_file(path: Place, data: bytes) -> None:
 
 
 def write_json(path: Place, value: Any) -> None:
-    """Write a JSON file atomically, readable, keys in the order given."""
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write a JSON file atomically, readable, keys in the order given. MinerError for a string that is no Unicode."""
+    try:
+        data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError as error:
+        near = error.object[max(error.start - 40, 0) : error.end + 40]
+        raise MinerError(f"{path}: cannot hold a name that is not UTF-8: {near!r}; rename it") from None
+    write_file(path, data)
 
 
 class RunDir:

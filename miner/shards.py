@@ -5,6 +5,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,18 @@ from miner.source_files import folder_items
 from miner.source_npz import unpack_npz
 from miner.source_parquet import parquet_items
 from miner.source_uids import with_names
-from miner.tars import TarWriter, expand, read_samples
+from miner.tars import TarWriter, expand, read_samples, why_no_key
 
 CHUNK = 4 << 20
 
 
 @dataclass(frozen=True)
 class Made:
-    """One shard: its index rows (INDEX_SCHEMA, perhaps with the source's names), its entry for pool.json, and how many
-    images of the source it lacks, by reason."""
+    """One shard: its index rows (INDEX_SCHEMA, perhaps with the source's names), its entry for pool.json (None where
+    its part of the source holds no image), and how many images of the source it lacks, by reason."""
 
     table: pa.Table
-    entry: dict[str, Any]
+    entry: dict[str, Any] | None
     skipped: dict[str, int] = field(default_factory=dict)
 
 
@@ -44,13 +45,13 @@ def shard_job(folder: str, job: Job) -> Made:
 def _write_tar(folder: str, job: Job) -> Made:
     name, rows, skipped = f"{job.number:06d}.tar", [], dict[str, int]()
     items = folder_items(job) if job.kind == "folder" else parquet_items(job, skipped)
+    first = next(items, None)
+    if first is None:
+        return Made(index_table(job.number, []), None, skipped)
     with TarWriter(os.path.join(folder, name)) as tar:
-        for item in items:
+        for item in chain([first], items):
             note = None if item.path is None else {"path": item.path}
             rows.append(write_image(tar, f"{item.number:09d}", item.ext, item.data, item.label, note))
-        if not rows:
-            reasons = ", ".join(f"{count} {why}" for why, count in skipped.items())
-            raise MinerError(f"{job.path}: no images in rows {job.start} to {job.start + job.count} ({reasons})")
     return Made(index_table(job.number, rows), made_entry(name, tar, len(rows)), skipped)
 
 
@@ -102,6 +103,9 @@ def _adopt_tar(folder: str, job: Job) -> Made:
             expand(job.path, file)
     rows, names = [], []
     samples = read_samples(path)
+    for sample in samples:
+        if (why := why_no_key(sample.key)) is not None:
+            raise MinerError(f"{job.path}: key {sample.key!r}: {why}; rename it")
     for start in range(0, len(samples), 256):
         part = samples[start : start + 256]
         images = read_ranges(path, [(sample.offset, sample.size) for sample in part])

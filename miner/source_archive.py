@@ -13,7 +13,7 @@ from typing import Any
 from miner.errors import MinerError, UsageError
 from miner.files import read_ranges
 from miner.recipe import PER_TAR, Job, Plan, Recipe, check_splits, class_of, digest, files_of, state
-from miner.tars import IMAGES, MAX_IMAGE, Headers, safe_headers
+from miner.tars import IMAGES, MAX_IMAGE, Headers, safe_headers, why_no_key
 
 BLOCK = tarfile.BLOCKSIZE
 AT_ONCE = 256  # images read before their rows are made
@@ -97,14 +97,16 @@ def _folder(info: tarfile.TarInfo) -> str:
 
 
 def _is_image(info: tarfile.TarInfo) -> bool:
-    name = info.name.rpartition("/")[2]
-    return name.rpartition(".")[2].lower() in IMAGES and not name.startswith(".")
+    parts = info.name.split("/")
+    hidden = any(part.startswith(".") and part != "." for part in parts)
+    return parts[-1].rpartition(".")[2].lower() in IMAGES and not hidden
 
 
 def archive_rows(job: Job) -> Iterator[dict[str, Any]]:
     """key, ext, offset (in the file), data, label and path of each image of one job, in archive order.
 
-    An image of a class tar is known by its name (`n01440764_10026`), one of a packed folder by its running number.
+    An image of a class tar is known by its name (`n01440764_10026`, dots made underscores: WebDataset cuts keys at the
+    first), one of a packed folder by its running number.
     """
     labels = dict(job.items)
     name = job.path if job.kind == "folder-tar" or not job.record_offset else f"{job.path}: {job.items[0][0]}.tar"
@@ -121,8 +123,11 @@ def archive_rows(job: Job) -> Iterator[dict[str, Any]]:
                 raise MinerError(f"{name}: member {info.name!r}: {info.size} bytes; at most {MAX_IMAGE} are read")
             stem, _, ext = info.name.rpartition("/")[2].rpartition(".")
             in_class = job.kind == "class-tar"
+            key = stem.replace(".", "_") if in_class else f"{number:09d}"
+            if (why := why_no_key(key)) is not None:
+                raise MinerError(f"{name}: member {info.name!r}: {why}; unpack it, take --source folder")
             row = {
-                "key": stem if in_class else f"{number:09d}",
+                "key": key,
                 "ext": ext.lower().replace("jpeg", "jpg"),
                 "offset": job.record_offset + info.offset_data,
                 "size": info.size,

@@ -1,6 +1,5 @@
 """Source "parquet": Hugging Face image data sets, `data/train-00000-of-00005.parquet`, written to tars as they are."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from miner.errors import MinerError, UsageError
-from miner.files import regular_size
+from miner.files import parse_json, regular_size
 from miner.recipe import PER_TAR, Item, Job, Plan, Recipe, digest, files_of, state
 from miner.tars import IMAGES, MAX_IMAGE, MAX_LABEL
 
@@ -102,8 +101,8 @@ def _is_image(kind: pa.DataType) -> bool:
 
 def _features(metadata: dict[bytes, bytes]) -> dict[str, Any]:
     try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+        features = parse_json(metadata[b"huggingface"], "huggingface")["info"]["features"]
+    except (KeyError, TypeError, MinerError):
         return {}
     return features if isinstance(features, dict) else {}
 
@@ -138,6 +137,7 @@ def _items(job: Job, columns: Columns, rows: range, part: pa.RecordBatch, skippe
     classes = len(columns.classes) or MAX_LABEL
     for row, image, label in zip(rows, part[columns.image].to_pylist(), labels, strict=True):
         data, path = (image or {}).get("bytes"), (image or {}).get("path")
+        path = path if isinstance(path, str) else None
         ext = _ext(data, path) if data else None
         if data is None or ext is None or len(data) > MAX_IMAGE:
             why = EMPTY if not data else LARGE if ext else OTHER
@@ -148,12 +148,12 @@ def _items(job: Job, columns: Columns, rows: range, part: pa.RecordBatch, skippe
         yield Item(job.first + row - job.start, ext, data, label if label is None or label >= 0 else None, path)
 
 
-def _ext(data: bytes, path: Any) -> str | None:
+def _ext(data: bytes, path: str | None) -> str | None:
     """By the first bytes; by the name where they say nothing: an image that is broken stays, to be quarantined."""
     for start, ext in EXT:
         if data.startswith(start):
             return ext
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    ext = path.rpartition(".")[2].lower() if isinstance(path, str) else ""
+    ext = path.rpartition(".")[2].lower() if path else ""
     return ext.replace("jpeg", "jpg") if ext in IMAGES else None

@@ -5,7 +5,8 @@ lose nothing, and our own uid stays the hash of an image's bytes, whoever names 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,32 @@ def source_uids(pool: Pool, shard: int) -> pa.ChunkedArray | None:
 
     Raises MinerError when the file is not the one of this pool.
     """
+    with _opened(pool) as file:
+        return None if file is None else _names(pool, file, shard, pool.shard_index(shard, ["uid"])["uid"])
+
+
+@contextmanager
+def _opened(pool: Pool) -> Iterator[pq.ParquetFile | None]:
+    """The file of names, None for a pool without one: of thousands of shards it takes long to open."""
     path = place(pool.path) / FILE
     if not path.exists():
-        return None
+        yield None
+        return
     if isinstance(path, Path):
         regular_size(path)
     try:
         with open_binary(path) as file:
-            table = pq.ParquetFile(file).read_row_group(shard)
-        table.validate(full=True)
+            yield pq.ParquetFile(file)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise MinerError(f"{path}: damaged ({error}); make the pool again") from None
-    if not table.schema.equals(SCHEMA) or not table["uid"].equals(pool.shard_index(shard, ["uid"])["uid"]):
-        raise MinerError(f"{path}: not the names of this pool's images; make the pool again")
+
+
+def _names(pool: Pool, file: pq.ParquetFile, shard: int, uids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The names of one shard, whose images have these ``uids``."""
+    table = file.read_row_group(shard)
+    table.validate(full=True)
+    if not table.schema.equals(SCHEMA) or not table["uid"].equals(uids):
+        raise MinerError(f"{pool.path}/{FILE}: not the names of this pool's images; make the pool again")
     return table[COLUMN.name]
 
 
@@ -77,14 +91,14 @@ def named_by_source(pool: Pool, uids: pa.ChunkedArray) -> pa.ChunkedArray:
     """What the source calls the images with these uids, in their order. MinerError when it has no name for one."""
     rows = {uid: row for row, uid in enumerate(uids.to_pylist())}
     names: list[str | None] = [None] * len(uids)
-    for shard in range(len(pool.shards)):
-        found = source_uids(pool, shard)
-        if found is None:
+    looked_for = uids.combine_chunks()
+    with _opened(pool) as file:
+        if file is None:
             raise MinerError(f"{pool.path}: its source had no uids of its own; leave --pool out")
-        known = pool.shard_index(shard, ["uid"])["uid"]
-        wanted = pc.is_in(known, uids.combine_chunks())
-        for uid, name in zip(known.filter(wanted).to_pylist(), found.filter(wanted).to_pylist(), strict=True):
-            names[rows[uid]] = names[rows[uid]] or name
+        for shard, part in enumerate(pool.index_parts(["uid"])):
+            found, wanted = _names(pool, file, shard, part["uid"]), pc.is_in(part["uid"], looked_for)
+            for uid, name in zip(part["uid"].filter(wanted).to_pylist(), found.filter(wanted).to_pylist(), strict=True):
+                names[rows[uid]] = names[rows[uid]] or name
     lacking = names.count(None)
     if lacking:
         raise MinerError(

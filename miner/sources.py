@@ -9,6 +9,7 @@ import os
 from itertools import islice
 
 from miner.errors import MinerError, UsageError
+from miner.files import check_name
 from miner.headers import Headers, safe_headers
 from miner.recipe import Plan, Recipe, class_of
 from miner.source_archive import plan_imagenet, plan_packed_folder
@@ -51,7 +52,12 @@ def plan(recipe: Recipe) -> Plan:
         raise UsageError(f"--per-shard {recipe.per_shard}: at least 1")
     if recipe.exclude_list and recipe.source != "tiny-images":
         raise UsageError("--exclude-list goes with --source tiny-images only")
+    if recipe.per_shard is not None and recipe.source in ("tars", "imagenet"):
+        raise UsageError(f"--per-shard: --source {recipe.source} makes one shard of each tar; leave it out")
     _check_there(recipe.inputs)
+    chosen_from = (packed and plans[recipe.source] is plan_packed_folder) or any(map(os.path.isdir, recipe.inputs))
+    if recipe.glob != "*" and not chosen_from:
+        raise UsageError("--glob: chooses in folders, and --input names none; leave it out")
     return plans[recipe.source](recipe)
 
 
@@ -85,7 +91,7 @@ def detect(inputs: tuple[str, ...], glob: str = "*") -> tuple[str, str]:
         return "parquet", WORDS["parquet"]
     if not os.path.isdir(first):
         raise UsageError(f"{first}: neither a folder nor .tar, .parquet, .npz, .npy or tiny_images.bin; see --source")
-    folders = [name for name in os.listdir(first) if os.path.isdir(os.path.join(first, name))]
+    folders = [name for name in os.listdir(first) if os.path.isdir(os.path.join(first, name)) and name[0] != "."]
     if not folders and not any(name.rpartition(".")[2].lower() in IMAGES for name in os.listdir(first)):
         raise UsageError(f"{first}: nothing in it that makes a pool (--glob {glob!r}); see --source")
     letters = bool(folders) and all(len(name) == 1 and name.isalpha() for name in folders)
@@ -102,9 +108,10 @@ def _kind_of_tars(paths: list[str], inputs: tuple[str, ...]) -> str:
     if any(name.endswith(".tar") for name in names):
         return "imagenet"
     base = os.path.basename(paths[0]).removesuffix(".tar")
-    if names and all(os.path.basename(name).startswith(f"{base}_") for name in names):
-        return "imagenet"  # n01440764.tar with n01440764_10026.JPEG: one of its inner tars
     images = {name for name in names if name.rpartition(".")[2].lower() in IMAGES}
+    alike = all(os.path.basename(name).startswith(f"{base}_") for name in names)
+    if names and alike and len(images) == len(names):
+        return "imagenet"  # n01440764.tar with n01440764_10026.JPEG: one of its inner tars
     beside = {_key(name) for name in names if name not in images} & {_key(name) for name in images}
     alone = not beside and all("/" in name for name in images)
     if tuple(paths) != inputs or len(paths) > 1 or not images or not alone:
@@ -124,3 +131,4 @@ def _check_there(inputs: tuple[str, ...]) -> None:
     for path in inputs:
         if not os.path.exists(path):
             raise MinerError(f"{path}: no such file or folder; check --input")
+        check_name(os.path.abspath(path))

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from miner.errors import UsageError
@@ -31,12 +32,21 @@ class SubsetStream(IterableDataset):
     """
 
     def __init__(self, subset: "Subset", seed: int | None = None) -> None:
-        self.subset, self.seed, self.epoch = subset, seed, 0
+        self.subset, self.seed = subset, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         self._given, self._share, self._resumed = 0, (0, 1), False
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass (with ``seed``); call it before each, as for torch's DistributedSampler."""
-        self.epoch = epoch
+        """Choose the order of the next pass (with ``seed``); call it before each, as for torch's DistributedSampler.
+
+        DataLoader workers hear of it too, persistent ones as well.
+        """
+        self._epoch.fill_(epoch)
+
+    @property
+    def epoch(self) -> int:
+        """What ``set_epoch`` chose."""
+        return int(self._epoch)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         worker = get_worker_info()
@@ -84,4 +94,5 @@ class SubsetStream(IterableDataset):
             raise UsageError(f"{self.subset.path}: not the state of a stream ({error!r})") from None
         if told != (self.subset.recipe["fingerprint"], self.seed) or not 0 <= given <= len(self.subset):
             raise UsageError(f"{self.subset.path}: this state is of another subset or of another seed")
-        self.epoch, self._given, self._share, self._resumed = epoch, given, share, True
+        self.set_epoch(epoch)
+        self._given, self._share, self._resumed = given, share, True

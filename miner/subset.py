@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from miner.errors import MinerError
-from miner.files import Place, atomic, open_binary, place, read_json, read_ranges, regular_size, sha256
+from miner.files import Place, atomic, open_binary, place, portions, read_json, read_ranges, regular_size, sha256
 from miner.images import whole
 from miner.pool import Pool
 from miner.run_dir import write_json
@@ -72,9 +72,11 @@ def write_subset(
     tars, tables = [], [MANIFEST.empty_table()]
     for number, start in enumerate(range(0, len(chosen), PER_TAR)):
         name = f"outliers-{number:06d}.tar"
-        part = slice(start, start + PER_TAR)
+        rows: list[dict[str, Any]] = []
         with TarWriter(folder / name) as tar:
-            rows = _fill(tar, name, pool, chosen.slice(start, PER_TAR), {k: v[part] for k, v in places.items()})
+            for part in portions(places["size"][start : start + PER_TAR].tolist()):
+                at = slice(start + part.start, start + part.stop)
+                rows += _fill(tar, name, pool, chosen[at], {k: v[at] for k, v in places.items()})
         tables.append(pa.Table.from_pylist(rows, schema=MANIFEST))  # Python's objects never for more than one tar
         tars.append({"name": name, "count": len(rows), "bytes": tar.size, "sha256": tar.sha256})
         advance(len(rows))
@@ -139,7 +141,7 @@ def _places(pool: Pool, chosen: pa.Table) -> dict[str, np.ndarray]:
 def _fill(
     tar: TarWriter, name: str, pool: Pool, chosen: pa.Table, places: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
-    """Write the images of ``chosen`` into ``tar``; their rows of the manifest."""
+    """Write the images of ``chosen``, all held at once, into ``tar``; their rows of the manifest."""
     images: list[bytes] = [b""] * len(chosen)
     shard, row = chosen["shard"].to_numpy(), chosen["row"].to_numpy()
     for s in np.unique(shard).tolist():
@@ -189,11 +191,9 @@ class Subset(Dataset):
         if len(self.manifest) != self.recipe["count"]:
             raise MinerError(f"{self.path}/manifest.parquet: {len(self.manifest)} rows, not {self.recipe['count']}")
         self._tar = self.manifest["tar"].to_pylist()
-        self._extent = list(
-            zip(self.manifest["tar_offset"].to_pylist(), self.manifest["tar_size"].to_pylist(), strict=True)
-        )
-        unknown = set(self._tar) - {tar["name"] for tar in self.recipe["tars"]}
-        if unknown:
+        offsets, sizes = (self.manifest[name].to_pylist() for name in ("tar_offset", "tar_size"))
+        self._extent = list(zip(offsets, sizes, strict=True))
+        if unknown := set(self._tar) - {tar["name"] for tar in self.recipe["tars"]}:
             raise MinerError(f"{self.path}/manifest.parquet: names {min(unknown)!r}, no tar of this subset")
 
     @property

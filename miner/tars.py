@@ -27,6 +27,8 @@ LIMITS = {**dict.fromkeys(IMAGES, MAX_IMAGE), "cls": 64, "json": 1 << 20}
 MAX_TAR = 64 << 30  # bytes that one .tar.gz may expand to
 MAX_RATIO = 250  # expanded over compressed; DEFLATE reaches 1032, image tars stay under 30
 CHUNK = 4 << 20
+PLAIN_KEY = "^[A-Za-z0-9_-]{1,95}$"  # fine at sight
+DOT = "a key must not hold a dot (WebDataset cuts keys at the first)"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def _member(path: str, info: tarfile.TarInfo) -> _Member | None:
     if not stem or parts[-1] not in LIMITS:
         return None
     if len(parts) > 1:
-        raise fault(path, info, "a key must not hold a dot (WebDataset cuts keys at the first); rename it")
+        raise fault(path, info, f"{DOT}; rename it")
     if info.size > LIMITS[ext]:
         raise fault(path, info, f"{info.size} bytes; at most {LIMITS[ext]} are read of a .{ext}")
     key = f"{folder}/{stem}" if folder else stem
@@ -127,6 +129,24 @@ def _twice(path: str, one: _Member, other: _Member, why: str) -> MinerError:
         f"{path}: key {one.key!r} comes twice: member {one.name!r} at byte {one.header} and {other.name!r} "
         f"at byte {other.header}; {why}"
     )
+
+
+def why_no_key(key: str) -> str | None:
+    """Why ``TarWriter`` could not write an image of this key so that it is read again, if so."""
+    if re.fullmatch(PLAIN_KEY, key):
+        return None
+    base = key.rpartition("/")[2]
+    if "." in base or not base:
+        return DOT if base else "a key must not be empty"
+    name = f"{key}.json"  # an image's, `.jpg` to `.webp`, and `.cls` are no longer
+    if (why := why_not(name)) is not None:
+        return why
+    if len(name.encode()) > tarfile.LENGTH_NAME:  # a longer one fits where it can be cut at a folder
+        try:
+            tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT)
+        except ValueError:
+            return "too long a key for a plain tar (over 95 bytes)"
+    return None
 
 
 def expand(source: str | os.PathLike[str], target: IO[bytes]) -> None:

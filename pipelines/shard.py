@@ -49,13 +49,14 @@ class Config:
     """Folder of the pool; for image folders and Parquet also a URL (`s3://bucket/pool`). Default: NAME under
     $OUTLIER_POOLS or ~/.local/share/outlier-miner/pools."""
     glob: str = "*"
-    """Which files of an input folder, e.g. `train-*`; which folders in a .tar of folders, e.g. `*/train/*`."""
+    """Which files of an input folder, e.g. `train-*`; of an image folder by path, e.g. `cat/*`; which folders in a .tar
+    of folders, e.g. `*/train/*`."""
     exclude_list: str | None = None
     """tiny-images: file of image numbers to leave out, counted from 1, one a line."""
     licence: str = ""
     """Terms of the images; copied into every subset that is mined from them."""
     per_shard: int | None = None
-    """Images a shard. Default: 10000 in a tar, 65536 in a raw file."""
+    """Images a shard; not for tars and imagenet, a shard each tar. Default: 10000 in a tar, 65536 in a raw file."""
     workers: int | None = None
     """Tasks at a time. Default: one a core. 1: without Ray."""
     address: str | None = None

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from miner import cache, frozen, inputs, ranking, store, subset, sweep
+from miner import cache, files, frozen, inputs, ranking, store, subset, sweep
 from miner.build import finish, prepare, run_job, write_arrays_pool
 from miner.cluster import Crew
 from miner.config import Config, Data, Game, Machines
@@ -23,6 +23,7 @@ from miner.pool import Pool
 from miner.progress import Display
 from miner.recipe import Recipe
 from miner.subset import write_subset
+from miner.tars import TarWriter
 from trainers.data import IdSet, load_id
 
 SIZE, ROWS, PER_SHARD = 8, 24_000, 5_000
@@ -300,15 +301,39 @@ def test_duplicates_are_found_without_the_whole_index(pool: Pool, tmp_path: Path
     assert inputs.eligible(pool) == ROWS
 
 
-def test_a_subsets_manifest_is_no_list_of_python_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subset, "PER_TAR", 200)
-    images = np.random.default_rng(0).integers(0, 256, (2600, SIZE, SIZE, 3), np.uint8)
-    pool = write_arrays_pool(str(tmp_path / "pool"), "noise", images, None, ())
+def ranked(pool: Pool) -> pa.Table:
+    """All rows of a pool, as a weights table has them."""
     table = pool.index(["uid", "key", "shard", "row", "label"])
     table = table.append_column("weight", pa.array(np.ones(len(table), np.float32)))
     table = table.append_column("rank", pa.array(np.arange(len(table), dtype=np.uint64)))
     table = table.append_column("nn_id_row", pa.nulls(len(table), pa.int32()))
-    table = table.append_column("nn_id_cosine", pa.nulls(len(table), pa.float32()))
+    return table.append_column("nn_id_cosine", pa.nulls(len(table), pa.float32()))
+
+
+def test_a_subsets_images_are_not_held_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with TarWriter(tmp_path / "large.tar") as tar:
+        for i in range(20):
+            tar.write(f"{i}.jpg", np.random.default_rng(i).bytes(1 << 20))
+    plan = prepare(Recipe("tars", (str(tmp_path / "large.tar"),)), str(tmp_path / "pool"))
+    run_job(str(tmp_path / "pool"), plan.jobs[0])
+    pool = finish(Recipe("tars", (str(tmp_path / "large.tar"),)), str(tmp_path / "pool"), "large", plan)
+    chosen = ranked(pool).take(np.random.default_rng(0).permutation(20))
+
+    def write(name: str) -> dict[str, bytes]:
+        write_subset(pool, chosen, tmp_path / name, {}, lambda images: None)
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    whole = write("whole")
+    monkeypatch.setattr(files, "PORTION", 4 << 20)
+    assert peak(lambda: write_subset(pool, chosen, tmp_path / "parts", {}, lambda images: None)) < 10 << 20
+    assert write("parts") == whole
+
+
+def test_a_subsets_manifest_is_no_list_of_python_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subset, "PER_TAR", 200)
+    images = np.random.default_rng(0).integers(0, 256, (2600, SIZE, SIZE, 3), np.uint8)
+    pool = write_arrays_pool(str(tmp_path / "pool"), "noise", images, None, ())
+    table = ranked(pool)
 
     def write(count: int) -> dict[str, Any]:
         return write_subset(pool, table.slice(0, count), tmp_path / f"of-{count}", {}, lambda images: None)

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -179,6 +179,19 @@ def test_a_stateful_loader_goes_on_in_the_middle_of_an_epoch(subset: Subset, wor
     other.load_state_dict(state)
     assert batches + shown(iter(other)) == whole
     assert shown(iter(other)) == whole
+
+
+@pytest.mark.filterwarnings(WORKERS)
+def test_workers_that_stay_hear_of_the_next_epoch(subset: Subset) -> None:
+    def order(epoch: int) -> list[int]:
+        stream.set_epoch(epoch)
+        return [first_bytes(item) for item in loader]
+
+    stream = subset.stream(seed=3)
+    loader: Iterable[tuple[torch.Tensor, int]] = stream
+    plain = [order(epoch) for epoch in (0, 1)]
+    loader = DataLoader(stream, batch_size=None, num_workers=1, persistent_workers=True)
+    assert [order(epoch) for epoch in (0, 1)] == plain
 
 
 @pytest.mark.filterwarnings(WORKERS)

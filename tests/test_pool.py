@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,19 @@ def test_rows_and_images_come_back(pool: Pool) -> None:
             assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), IMAGES[row + i])
         row += part.num_rows
     pool.verify()
+
+
+def test_the_footer_of_the_index_is_read_once_by_each_process(pool: Pool) -> None:
+    whole = Path(pool.path, "index.parquet").read_bytes()
+    expected = [pool.shard_index(shard) for shard in range(len(pool.shards))]
+    data = pool.read(0, [1])
+    elsewhere = pickle.dumps(pool)
+    Path(pool.path, "index.parquet").write_bytes(whole[:-8] + b"\xff" * 8)  # what tells where the footer begins
+    assert [pool.shard_index(shard) for shard in range(len(pool.shards))] == expected
+    with pytest.raises(MinerError, match=r"index\.parquet: damaged"):
+        pickle.loads(elsewhere).shard_index(0)
+    Path(pool.path, "index.parquet").write_bytes(whole)
+    assert pickle.loads(elsewhere).read(0, [1]) == data
 
 
 def test_pools_repeat_and_the_fingerprint_ignores_the_cut(tmp_path: Path, pool: Pool) -> None:

@@ -222,6 +222,15 @@ def test_a_folder_without_images_says_what_would_do(tmp_path: Path) -> None:
         open_images(str(tmp_path / "x.txt"), 32)
 
 
+def test_names_that_are_not_utf8_are_refused_before_anything_is_decoded(tmp_path: Path) -> None:
+    latin = os.fsdecode(b"caf\xe9")
+    (tmp_path / latin).mkdir()
+    (tmp_path / latin / "a.png").write_bytes(b"no image")
+    for spec in (tmp_path, tmp_path / latin):
+        with pytest.raises(MinerError, match=r"caf\\udce9(/a\.png)?: this name is not UTF-8"):
+            open_images(str(spec), 32)
+
+
 def test_a_name_that_is_nothing_lists_the_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTLIER_POOLS", str(tmp_path))
     words = r"'svnh': no such file or folder, none of gaussian, .*svhn.*places365.*demo-pool, and no pool 'svnh' in"

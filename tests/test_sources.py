@@ -1,5 +1,6 @@
 """Pools people have, in the very layouts in which they are distributed: found, adopted or converted, read, verified."""
 
+import datetime
 import io
 import itertools
 import json
@@ -16,12 +17,16 @@ import webdataset
 from PIL import Image
 
 from miner import cache
+from miner.blocks import checked_rows
 from miner.build import finish, prepare, run_job
+from miner.config import Config, Data
 from miner.errors import MinerError, UsageError
 from miner.export import export
 from miner.images import png
-from miner.pool import Pool, uid_of
+from miner.inputs import open_pool
+from miner.pool import INDEX_SCHEMA, Pool, uid_of
 from miner.recipe import Recipe
+from miner.run_dir import write_json
 from miner.shards import shard_job
 from miner.source_uids import source_uids
 from miner.sources import detect, plan
@@ -195,8 +200,28 @@ def test_parquet_rows_without_an_image_are_counted(tmp_path: Path) -> None:
     assert [row["key"] for row in pool.index().to_pylist()] == ["000000000", "000000004"]
     skipped = json.loads((tmp_path / "pool" / "pool.json").read_text())["source"]["skipped"]
     assert skipped == {"without bytes": 1, "not a JPEG, PNG or WEBP": 1, "over 16 MB": 1}
-    with pytest.raises(MinerError, match=r"a\.parquet: no images in rows 1 to 2 \(1 without bytes\)"):
-        make(Recipe("parquet", (str(path),), per_shard=1), tmp_path / "other")
+    parts = make(Recipe("parquet", (str(path),), per_shard=1), tmp_path / "parts")  # three of five without an image
+    assert (parts.fingerprint, [entry.name for entry in parts.shards]) == (
+        pool.fingerprint,
+        ["000000.tar", "000004.tar"],
+    )
+    assert images_of(parts) == [images[0], images[4]]
+    assert json.loads((tmp_path / "parts" / "pool.json").read_text())["source"]["skipped"] == skipped
+    whole = (tmp_path / "parts" / "index.parquet").read_bytes()
+    make(Recipe("parquet", (str(path),), per_shard=1), tmp_path / "parts")
+    assert (tmp_path / "parts" / "index.parquet").read_bytes() == whole
+    parquet(tmp_path / "none.parquet", [None, None], ["x"], [0, 0])
+    with pytest.raises(MinerError, match=r"none\.parquet: no images in it \(2 without bytes\)"):
+        make(Recipe("parquet", (str(tmp_path / "none.parquet"),), per_shard=1), tmp_path / "none")
+
+
+@pytest.mark.parametrize("path", [b"a.jpg", datetime.datetime(2026, 1, 1)])
+def test_a_path_in_parquet_that_is_no_text_is_left_out(tmp_path: Path, path: object) -> None:
+    data = encoded()
+    pq.write_table(pa.table({"image": [{"bytes": data, "path": path}]}), tmp_path / "a.parquet")
+    pool = make(found(tmp_path / "a.parquet"), tmp_path / "pool")
+    assert images_of(pool) == [data]
+    assert b"path" not in Path(pool.shards[0].path).read_bytes()
 
 
 def test_parquet_of_other_kinds_is_refused(tmp_path: Path) -> None:
@@ -309,6 +334,86 @@ def test_broken_tars_of_tars_name_file_and_class(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(MinerError, match=text):
             make(Recipe("imagenet", (str(path),)), tmp_path / f"pool-{name}")
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_keys_that_no_subset_could_hold_are_refused_when_tars_are_adopted(tmp_path: Path, form: int) -> None:
+    fits, long = "d" * 100 + "/" + "k" * 95, "d" * 100 + "/" + "k" * 96
+    (tmp_path / "fits.tar").write_bytes(tar_of({f"{fits}.jpg": encoded(), f"{fits}.cls": b"0"}, form))
+    subset = exported.write_chosen(
+        make(Recipe("tars", (str(tmp_path / "fits.tar"),)), tmp_path / "pool"), tmp_path, [0]
+    )
+    assert checked_rows(subset)["key"].to_pylist() == [fits]
+    (tmp_path / "long.tar").write_bytes(tar_of({f"{long}.jpg": encoded()}, form))
+    with pytest.raises(MinerError, match=r"long\.tar: key 'd*/k*': too long a key .*; rename it"):
+        make(Recipe("tars", (str(tmp_path / "long.tar"),)), tmp_path / "refused")
+    (tmp_path / "n1.tar").write_bytes(tar_of({f"{'k' * 96}.jpg": encoded()}, form))
+    with pytest.raises(MinerError, match=r"n1\.tar: member 'k*\.jpg': too long a key .*take --source folder"):
+        make(Recipe("imagenet", (str(tmp_path / "n1.tar"),)), tmp_path / "other")
+
+
+def test_dots_in_the_names_of_a_class_tar_do_not_become_keys(tmp_path: Path) -> None:
+    (tmp_path / "n1.tar").write_bytes(tar_of({f"n1_{i}.v2.JPEG": encoded() for i in range(3)}))
+    pool = make(found(tmp_path / "n1.tar"), tmp_path / "pool")
+    assert pool.index(["key"])["key"].to_pylist() == ["n1_0_v2", "n1_1_v2", "n1_2_v2"]
+    assert names_of(pool) == ["n1_0.v2.JPEG", "n1_1.v2.JPEG", "n1_2.v2.JPEG"]
+    checked_rows(exported.write_chosen(pool, tmp_path / "subset", [2, 0]))
+    config = Config(data=Data(pool=pool.path))
+    assert open_pool(config).count == 3
+    old = pool.index().set_column(1, INDEX_SCHEMA.field("key"), pa.array(["n1_0", "n1_1.v2", "n1_2"]))
+    pq.write_table(old, tmp_path / "pool" / "index.parquet")  # as such pools were made before
+    with pytest.raises(
+        MinerError, match=r"n1\.tar: key 'n1_1\.v2': a key must not hold a dot .*make the pool .* again"
+    ):
+        open_pool(config)
+
+
+# --- image folders ---
+
+
+def test_an_image_folder_is_chosen_from_and_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    for name in (".ipynb_checkpoints/cat1.jpg", "cat/1.jpg", "cat/.old/2.jpg", "cat/3.png", "dog/4.jpg", "empty/a.txt"):
+        os.makedirs(tmp_path / "photos" / os.path.dirname(name), exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(encoded())
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(tmp_path / "photos", ".")
+    for number, (glob, classes, count) in enumerate(
+        (("*", ("cat", "dog"), 3), ("*.jpg", ("cat", "dog"), 2), ("cat/*", ("cat",), 2))
+    ):
+        pool = make(found(tmp_path / "photos", glob=glob), tmp_path / f"pool-{number}")
+        assert (pool.classes, pool.count) == (classes, count)
+    packed = make(found(tmp_path / "photos.tar"), tmp_path / "packed")
+    assert (packed.classes, packed.count) == (("cat", "dog"), 3)
+    with pytest.raises(MinerError, match=r"photos: no images .* that match --glob 'ca\?'"):
+        make(found(tmp_path / "photos", glob="ca?"), tmp_path / "none")
+
+
+def test_flags_without_effect_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "n1.tar"
+    path.write_bytes(tar_of({"n1_0.JPEG": encoded()}))
+    for source in ("tars", "imagenet"):
+        with pytest.raises(UsageError, match=f"--per-shard: --source {source} makes one shard of each tar"):
+            plan(Recipe(source, (str(path),), per_shard=5))
+        with pytest.raises(UsageError, match="--glob: chooses in folders"):
+            plan(Recipe(source, (str(path),), "n*"))
+
+
+def test_names_that_are_not_utf8_are_refused_at_once(tmp_path: Path) -> None:
+    latin = os.fsdecode(b"caf\xe9")
+    for name in (f"folder/{latin}/1.jpg", "tars/x.tar"):
+        os.makedirs(tmp_path / os.path.dirname(name))
+        (tmp_path / name).write_bytes(encoded())
+    (tmp_path / "tars" / "x.tar").write_bytes(tar_of({"1.jpg": encoded()}))
+    with pytest.raises(MinerError, match=r"folder/caf\\udce9/1\.jpg: this name is not UTF-8; rename it"):
+        plan(found(tmp_path / "folder"))
+    (tmp_path / "tars" / "classes.json").write_text('["\\ud800"]')
+    with pytest.raises(MinerError, match=r"classes\.json: not JSON .*surrogates not allowed"):
+        plan(found(tmp_path / "tars"))
+    os.rename(tmp_path / "tars" / "x.tar", tmp_path / "tars" / f"{latin}.tar")
+    with pytest.raises(MinerError, match=r"tars/caf\\udce9\.tar: this name is not UTF-8"):
+        plan(Recipe("tars", (str(tmp_path / "tars"),)))
+    with pytest.raises(MinerError, match=r"config\.json: cannot hold a name that is not UTF-8: .*caf\\udce9"):
+        write_json(tmp_path / "config.json", {"pool": latin})
 
 
 # --- Places365, and other folders in one tar ---
@@ -459,7 +564,7 @@ def test_a_stopped_conversion_goes_on_to_the_same_bytes(tmp_path: Path, source: 
     else:
         path = tmp_path / "x.tar"
         path.write_bytes(packed(imagenet()) if source == "imagenet" else tar_of(places("data_256")))
-    recipe, folder = Recipe(source, (str(path),), per_shard=3), tmp_path / "pool"
+    recipe, folder = Recipe(source, (str(path),), per_shard=None if source == "imagenet" else 3), tmp_path / "pool"
     make(recipe, folder)
     whole = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     kept = (folder / "shards" / "000000.parquet").stat().st_ino
@@ -512,5 +617,10 @@ def test_a_webdataset_with_folders_in_its_keys_is_no_image_folder(tmp_path: Path
     assert detect((str(path),))[0] == "tars"
     path.write_bytes(tar_of({"train/cat/1.jpg": encoded(), "train/dog/1.jpg": encoded()}))
     assert detect((str(path),))[0] == "folder"
+    path = tmp_path / "train.tar"  # keys that begin with the tar's name, as in a class tar of ImageNet
+    path.write_bytes(
+        tar_of({"train_0.jpg": encoded(), "train_0.cls": b"1", "train_1.jpg": encoded(), "train_1.cls": b"0"})
+    )
+    assert make(found(path), tmp_path / "pool").index(["label"])["label"].to_pylist() == [1, 0]
     path.write_bytes(tar_of({"ILSVRC2012_val_00000001.JPEG": encoded(), "ILSVRC2012_val_00000002.JPEG": encoded()}))
     assert detect((str(path),))[0] == "tars"

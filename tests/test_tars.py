@@ -1,5 +1,6 @@
 """Hostile and damaged tars are refused with file, member and offset; our own tars repeat byte for byte."""
 
+import contextlib
 import io
 import os
 import resource
@@ -15,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from miner.errors import MinerError
-from miner.tars import MAX_IMAGE, Sample, TarWriter, read_samples
+from miner.tars import MAX_IMAGE, Sample, TarWriter, read_samples, why_no_key
 
 
 def jpeg(shade: int = 0) -> bytes:
@@ -228,6 +229,19 @@ def test_writer_repeats_and_the_others_can_read_it(tmp_path: Path) -> None:
         assert {(m.mtime, m.uid, m.gid, m.mode, m.uname) for m in tar} == {(0, 0, 0, 0o644, "")}
     dataset = webdataset.WebDataset(str(tmp_path / "one.tar"), shardshuffle=False)
     assert [sample["jpg"] for sample in dataset] == [jpeg(i) for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    "key", ["a", "a b/é_1", "a.b/c", "a.b", "", "a/", "/a", "../a", "a\n", "\udce9", "é" * 47, "é" * 48]
+)
+def test_keys_that_can_be_written_are_told_beforehand(tmp_path: Path, key: str) -> None:
+    read: list[str] = []
+    with contextlib.suppress(MinerError, UnicodeError):
+        with TarWriter(tmp_path / "a.tar") as tar:
+            for ext in ("webp", "json"):
+                tar.write(f"{key}.{ext}", jpeg())
+        read = [sample.key for sample in read_samples(tmp_path / "a.tar")]
+    assert (why_no_key(key) is None) == (read == [key])
 
 
 def test_writer_leaves_nothing_after_an_error(tmp_path: Path) -> None:

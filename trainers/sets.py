@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from miner.buckets import is_url
 from miner.cache import open_shard
 from miner.errors import MinerError, UsageError
-from miner.files import Place, place
+from miner.files import Place, check_name, place
 from miner.images import decode
 from miner.pool import Pool, resolve
 from miner.subset import load_subset
@@ -61,6 +61,8 @@ def open_images(spec: str, size: int, seed: int = 0) -> list[ImageSet]:
         return [_finish(spec, (images,), None, {"kind": "torchvision", "path": datasets_folder()})]
     if spec == "lsun":
         return [_open_lsun(size)]
+    if os.path.exists(spec):
+        check_name(os.path.realpath(spec))
     if os.path.isfile(spec):
         return [_open_file(Path(spec), size)]
     if os.path.isdir(spec):
@@ -104,10 +106,14 @@ def _open_folder(path: Path, size: int) -> ImageSet:
         return _open_subset(path, size)
     name = path.resolve().name
     tars = tar_files(path, "test-*") or tar_files(path, "*")
+    for tar in tars:
+        check_name(str(tar))
     if tars:
         return _open_tars(tars, path, name, size)
     files = image_files(path)
     if files:
+        for file in files:
+            check_name(str(file))
         pairs = ((str(file.relative_to(path)), read_image(file)) for file in files)
         return _decoded(name, pairs, size, {"kind": "images", "path": str(path.resolve())})
     subsets = sorted(found.name for found in path.glob("subset-*"))

@@ -109,7 +109,8 @@ def _read_pool(path: str) -> int:
 
 def _build(root: Path, source: str = "tars") -> int:
     one = next((root / "in").glob("*.tar"), root / "in")
-    recipe = Recipe(source, (str(one if source == "places365" else root / "in"),), per_shard=4)
+    per_shard = None if source in ("tars", "imagenet") else 4
+    recipe = Recipe(source, (str(one if source == "places365" else root / "in"),), per_shard=per_shard)
     out = str(root / "out")
     detect(recipe.inputs)
     planned = prepare(recipe, out)
