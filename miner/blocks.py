@@ -14,11 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from miner.errors import MinerError
-from miner.files import read_ranges, regular_size
-from miner.subset import PER_TAR, Subset
+from miner.files import portions, read_ranges, regular_size
+from miner.subset import Subset
 from miner.tars import IMAGES, MAX_IMAGE, MAX_LABEL
 
-BLOCK = 256 << 20  # bytes of images held at once
 BLOCK_SIZE = 512  # of a tar
 RECORD_SIZE = 10_240  # a tar ends on a multiple of it
 OTHER_BYTES = "other bytes than the manifest records (SHA-256)"
@@ -47,7 +46,8 @@ class Stream:
         """The images that are to be had and are what the manifest says, in its order; the others go to ``lost``."""
         sizes, digests = self.rows["tar_size"].to_numpy(), self.rows["sha256"].to_pylist()
         for tar, start, stop in spans(self.rows):
-            for rows in _cut(sizes, start, stop):
+            for part in portions(sizes[start:stop].tolist()):
+                rows = np.arange(start, stop)[part]
                 kept, images = [], []
                 for row, data in zip(rows.tolist(), self.read(rows), strict=True):
                     if isinstance(data, bytes) and hashlib.sha256(data).hexdigest() != digests[row]:
@@ -68,15 +68,6 @@ def spans(rows: pa.Table) -> Iterator[tuple[str, int, int]]:
     edges = np.flatnonzero(np.diff(codes, prepend=-1, append=-1)) if len(codes) else np.zeros(1, int)
     for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         yield str(names.dictionary[codes[start]]), start, stop
-
-
-def _cut(sizes: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Rows of one tar in parts of at most BLOCK bytes and PER_TAR rows, at least one row each."""
-    while start < stop:
-        total = np.cumsum(sizes[start : min(stop, start + PER_TAR)])
-        count = max(1, int(np.searchsorted(total, BLOCK, "right")))
-        yield np.arange(start, start + count)
-        start += count
 
 
 def layout(rows: pa.Table) -> tuple[np.ndarray, dict[str, int]]:
