@@ -162,6 +162,8 @@ def _pretrain(config: Config, id_set: IdSet) -> float:
 class OneProcess:
     """A crew of one pool actor, in this process. ``seconds`` is what its calls took."""
 
+    check_left = Crew.check_left
+
     def __init__(self, owner: PoolShards, shards: int, display: Display) -> None:
         self.owner, self.shards, self.display, self.seconds = owner, shards, display, 0.0
 
