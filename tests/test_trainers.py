@@ -21,6 +21,7 @@ from trainers.checkpoint import load_checkpoint, load_net, save_checkpoint
 from trainers.config import PretrainConfig
 from trainers.data import IdSet, augment, load_id, normalise
 from trainers.fit import pretrain
+from trainers.scores import outputs
 from trainers.train import accuracy, autocast, joint_step, place, predict, uniformity
 
 
@@ -112,6 +113,16 @@ def test_other_size(folder):
 def test_demo_is_never_mirrored(digits):
     assert not digits.flip
     assert digits.train_images.shape == (1297, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "flip"),
+    [("MNIST", False), ("svhn_32", False), ("my-EMNIST", False), ("Fashion-MNIST", True), ("PathMNIST", True)],
+)
+def test_sets_of_characters_are_told_by_a_word_of_their_name(folder, tmp_path_factory, name, flip):
+    named = tmp_path_factory.mktemp("named") / name
+    folder.rename(named)
+    assert load_id(str(named)).flip is flip
 
 
 def test_missing_tars_and_classes_are_named(folder):
@@ -331,6 +342,14 @@ def test_checkpoint_round_trip(tmp_path, digits):
     assert [entry.name for entry in tmp_path.iterdir()] == ["net.safetensors"]
 
 
+def test_predictions_are_those_of_the_evaluation(digits, monkeypatch):
+    monkeypatch.setattr("trainers.train.amp_dtype", lambda device: torch.bfloat16)  # slow without its instructions
+    net = models.create("small", 10, seed=4)
+    found = predict(net, torch.from_numpy(digits.test_images[:64]))
+    assert np.array_equal(found.double().numpy(), outputs(net, digits.test_images[:64]).logits)
+    assert not torch.equal(found, found.bfloat16().float())
+
+
 def test_placed_net_saves_the_same_bytes(tmp_path):
     net = models.create("small", 10, seed=4)
     save_checkpoint(tmp_path / "a", net, META)
@@ -367,5 +386,6 @@ def test_checkpoint_for_other_classes_or_model_is_refused(tmp_path):
     with pytest.raises(MinerError, match=r"net: holds small, not resnet18; pass --model small"):
         load_net(path, "resnet18", list("0123456789"))
     save_checkpoint(path, models.create("resnet18", 10), {})
-    with pytest.raises(MinerError, match=r"net: shape of .* is .*, in small .*; pre-train anew"):
-        load_net(path, "small", list("0123456789"))
+    for reject in (False, True):
+        with pytest.raises(MinerError, match=r"net: shape of .* is .*, in small .*; pre-train anew"):
+            load_net(path, "small", list("0123456789"), reject)

@@ -116,13 +116,14 @@ def load_net(
         )
     net = models.create(model, len(classes) + reject, seed)
     expected = net.state_dict()
-    outputs = len(state["head.bias"]) if "head.bias" in state else 0
+    outputs = state["head.bias"].numel() if "head.bias" in state else 0
     if outputs not in (0, len(classes) + bool(meta.get("reject"))):
         raise MinerError(f"{where}: has {outputs} outputs, the ID set {len(classes)} classes; pre-train anew")
     if bool(meta.get("reject")) != reject:
         for name in ("head.weight", "head.bias"):
             fresh = expected[name][len(classes) :].clone()
-            state[name] = torch.cat([state[name][: len(classes)], fresh]) if name in state else fresh
+            if name in state and state[name].shape[1:] == fresh.shape[1:]:  # else it does not fit, as told below
+                state[name] = torch.cat([state[name][: len(classes)], fresh])
     for name in sorted(expected.keys() | state.keys()):
         want, found = (list(side[name].shape) if name in side else "none" for side in (expected, state))
         if want != found:

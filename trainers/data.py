@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from miner.images import decode
 from trainers.read import ID_TORCHVISION, Half, image_files, read_image, tar_files, tar_images, torchvision_set
 
 PADDING = 4
-NEVER_MIRRORED = ("mnist", "svhn", "demo")  # a mirrored digit is no digit (paper's recipe)
+# Words of the names of sets that are never mirrored: a mirrored digit or letter is none (paper's recipe).
+NEVER_MIRRORED = {"mnist", "emnist", "kmnist", "qmnist", "notmnist", "svhn", "usps", "digits"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,13 @@ def load_id(spec: str, size: int = 32) -> IdSet:
         known = ", ".join(ID_TORCHVISION)
         raise UsageError(f"ID set {spec!r}: no such folder; give a folder of tars or images, demo, or one of {known}")
     name = Path(spec).resolve().name if os.path.isdir(spec) else spec
-    return make_id_set(name, classes, train, test, flip=name not in NEVER_MIRRORED)
+    return make_id_set(name, classes, train, test, flip=name != "demo" and not _of_characters(name))
+
+
+def _of_characters(name: str) -> bool:
+    """Whether a set's name says digits or letters: MNIST, svhn-32, my_emnist; not fashion-mnist, nor PathMNIST."""
+    words = set(re.findall("[a-z]+", name.lower()))
+    return bool(words & NEVER_MIRRORED) and "fashion" not in words
 
 
 def make_id_set(name: str, classes: tuple[str, ...], train: Half, test: Half, flip: bool) -> IdSet:

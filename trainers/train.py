@@ -62,15 +62,15 @@ def features_and_logits(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
     return features, net.head(features)
 
 
-def predict(net: nn.Module, images: Tensor, batch: int = 1000) -> Tensor:
-    """Eval-mode logits float32 [n, K] on the net's device for uint8 images [n, S, S, 3] anywhere."""
+def predict(net: Net, images: Tensor, batch: int = 1000) -> Tensor:
+    """Eval-mode logits float32 [n, K], as evaluation has them, on the net's device for uint8 [n, S, S, 3] anywhere."""
     device = next(net.parameters()).device
-    with eval_mode(net), torch.no_grad(), autocast(device):
-        logits = [net(normalise(part.to(device))).float() for part in images.split(batch)]
+    with eval_mode(net), torch.no_grad():
+        logits = [features_and_logits(net, normalise(part.to(device)))[1] for part in images.split(batch)]
     return torch.cat(logits)
 
 
-def accuracy(net: nn.Module, images: np.ndarray, labels: np.ndarray, classes: int | None = None) -> float:
+def accuracy(net: Net, images: np.ndarray, labels: np.ndarray, classes: int | None = None) -> float:
     """Share in [0, 1] of uint8 images [n, S, S, 3] whose largest logit is the label's (eval mode).
 
     Only the first ``classes`` logits count, where a reject class follows them.
