@@ -28,6 +28,10 @@ def run(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         sys.exit(1)
+    except RuntimeError as error:
+        if not isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
+            raise
+        _stop("the GPU's memory is full: a smaller --batch or --batch-outliers, --model or --size", 1)
     except OSError as error:
         if error.filename is None:
             raise

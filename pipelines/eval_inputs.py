@@ -1,5 +1,6 @@
 """What an evaluation starts from: flags that make sense, sound checkpoints, their sets, and no image seen before."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,6 +79,7 @@ def prepare(config: "EvaluateConfig", say: Callable[[str], None]) -> list[Job]:
     scores = check(config)
     paths = list(dict.fromkeys(config.checkpoints))
     opened = [open_checkpoint(path) for path in paths]
+    results_folder(config)
     specs = [_id_spec(path, meta, config.id) for path, (_, meta) in zip(paths, opened, strict=True)]
     if len(set(specs)) > 1:
         raise UsageError(f"the checkpoints are for different ID sets ({', '.join(dict.fromkeys(specs))}); pass --id")
@@ -101,6 +103,19 @@ def prepare(config: "EvaluateConfig", say: Callable[[str], None]) -> list[Job]:
         module = load_abnormality(config.abnormality, net) if config.abnormality else None
         jobs.append(Job(name, path, net, meta, size, id_set, sets, own, module))
     return jobs
+
+
+def results_folder(config: "EvaluateConfig") -> Path:
+    """Where the results go; made here, and MinerError when nothing can be written there."""
+    first = config.checkpoints[0]
+    folder = config.out or (first if first.is_dir() else first.parent)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MinerError(f"{folder}: results cannot be written ({error.strerror}); choose another --out") from None
+    return folder
 
 
 def corrupted_images(folder: Path) -> int:

@@ -58,7 +58,7 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> "list[Evaluated]":
-    """Judge every checkpoint of ``config``, in its order. Writes nothing.
+    """Judge every checkpoint of ``config``, in its order. Writes nothing, but makes the folder of --out.
 
     Everything is opened and checked first; raises as ``pipelines.eval_inputs.prepare`` and ``pipelines.judge`` do.
     """
@@ -133,11 +133,11 @@ def _fitting(table: "Table", width: int) -> "Iterator[RichTable]":
 def write(config: EvaluateConfig, results: "Sequence[Evaluated]") -> list[Path]:
     """Write results.parquet, results.md and results.html, each whole or not at all; returns their paths."""
     from miner.run_dir import write_file
+    from pipelines.eval_inputs import results_folder
     from pipelines.eval_page import page
     from pipelines.eval_tables import report
 
-    first = results[0].path
-    folder = config.out or (first if first.is_dir() else first.parent)
+    folder = results_folder(config)
     files = {
         "results.parquet": parquet(config, results),
         "results.md": report(results, config.repeats).encode(),

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from helpers import CPU, QUICK, silent
 
 from miner.errors import MinerError, UsageError
@@ -284,6 +285,26 @@ def test_a_broken_folder_of_corruptions(
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_of_the_results_is_tried_first(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(MinerError, match=r"file: results cannot be written \(File exists\); choose another --out"):
+        prepare(config(folder, "plain", out=tmp_path / "file", ood=("no such set",)), print)
+    prepare(config(folder, "plain", out=tmp_path / "deep" / "results"), print)
+    assert list((tmp_path / "deep" / "results").iterdir()) == []
+
+
+def test_a_full_gpu_is_one_line_and_a_bug_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match="1"):
+        cli.run(lambda: fail(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")))
+    said = capsys.readouterr().err
+    assert said == "error: the GPU's memory is full: a smaller --batch or --batch-outliers, --model or --size\n"
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run(lambda: fail(RuntimeError("a bug")))
 
 
 def test_test_images_among_the_training_outliers(folder: Path, id_set: IdSet, tmp_path: Path) -> None:
