@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import fsspec
@@ -27,7 +28,7 @@ from miner.tars import TarWriter
 from trainers.data import load_id
 from trainers.image_set import ImageSet
 from trainers.noise import NOISE, draw_noise
-from trainers.sets import open_images, overlap, record, refuse_overlap
+from trainers.sets import open_images, open_outliers, overlap, record, refuse_overlap, write_record
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8)
 
@@ -128,6 +129,23 @@ def test_a_folder_of_tars_is_its_test_tars_where_it_has_some(tmp_path: Path) -> 
     assert np.array_equal(everything(opened(tmp_path)), IMAGES[9:20])
     plain.unlink()
     assert np.array_equal(everything(opened(tmp_path)), IMAGES[9:20])
+
+
+def test_outliers_are_the_train_half_where_there_is_one(tmp_path: Path) -> None:
+    for half, images in (("train", IMAGES[:8]), ("test", IMAGES[8:12])):
+        write_tar(tmp_path / f"{half}-000000.tar", images)
+        (tmp_path / "images" / half / "cat").mkdir(parents=True)
+        for row, image in enumerate(images):
+            (tmp_path / "images" / half / "cat" / f"{row}.png").write_bytes(png(image))
+    for folder, first in ((tmp_path, "000000"), (tmp_path / "images", "train/cat/0.png")):
+        outliers = open_outliers(str(folder), 32, 0)
+        assert (outliers.name, outliers.key(0)) == (folder.name, first)
+        assert np.array_equal(everything(outliers), IMAGES[:8])
+        assert np.array_equal(everything(opened(folder)), IMAGES[8:12])
+        assert outliers.origin["fingerprint"] != opened(folder).origin["fingerprint"]
+        assert overlap(outliers, {"test": opened(folder)}) == []
+    (tmp_path / "train-000000.tar").unlink()
+    assert len(open_outliers(str(tmp_path), 32, 0)) == 4  # no train half: all there is
 
 
 def test_broken_tars_are_one_line_with_the_name_of_the_users_file(tmp_path: Path) -> None:
@@ -364,10 +382,16 @@ def test_mnist_like_sets_are_grey_and_enlarged(tmp_path: Path, monkeypatch: pyte
         (raw / f"{half}-labels-idx1-ubyte").write_bytes(idx(np.arange(count, dtype=np.uint8)))
     images = opened("fashionmnist", size=28)
     assert np.array_equal(everything(images), IMAGES[:4, :28, :28, :1].repeat(3, axis=3))
+    assert np.array_equal(everything(open_outliers("fashionmnist", 28, 0))[..., 0], IMAGES[:8, :28, :28, 0])
     id_set = load_id("fashionmnist")
     assert (id_set.train_images.shape, id_set.test_labels.tolist()) == ((8, 32, 32, 3), [0, 1, 2, 3])
     assert id_set.flip
     assert id_set.classes[0] == "T-shirt/top"
+    whole = (raw / "t10k-images-idx3-ubyte").read_bytes()
+    for cut in (whole[:-1], whole[:5], b""):
+        (raw / "t10k-images-idx3-ubyte").write_bytes(cut)
+        with pytest.raises(MinerError, match="t10k-images-idx3-ubyte: cut off or damaged; replace it"):
+            load_id("fashionmnist")
 
 
 def test_lsun_is_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,6 +498,30 @@ def test_a_record_finds_the_same_duplicates_later(tmp_path: Path) -> None:
     assert overlap(again, others) == overlap(outliers, others)
     with pytest.raises(MinerError, match=r"5 of 20 outliers are also in test \(e\.g\. 000015 = 0, "):
         refuse_overlap(again, others, allow=False)
+
+
+def test_a_record_is_written_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainers.sets.ROWS", 4000)
+
+    class Keys(list):  # drawn when asked for, as a pool's are
+        def __len__(self) -> int:
+            return 100_000
+
+        def __getitem__(self, row):
+            return f"n01440764/{row:08d}"
+
+    pixels = np.arange(100_000, dtype=np.int32).view(np.uint8).reshape(-1, 2, 2, 1).repeat(3, axis=3)
+    outliers = ImageSet("many", (pixels,), Keys())
+    outliers.digests()
+    tracemalloc.start()
+    write_record(outliers, tmp_path / "outliers.parquet")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * len(outliers)  # bytes; a row's two strings alone take 150
+    written = pq.read_table(tmp_path / "outliers.parquet")
+    assert written.equals(record(outliers), check_metadata=True)
+    assert pq.read_metadata(tmp_path / "outliers.parquet").num_row_groups == 25
+    assert overlap(written, {"x": ImageSet("x", (pixels[70_001:70_002],))}) == [("n01440764/00070001", "x", "0")]
 
 
 # --- real images ---

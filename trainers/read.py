@@ -1,6 +1,7 @@
 """What ID sets and outlier sets are read from: tars and folders of encoded images, `.npy` arrays, torchvision."""
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -126,6 +127,7 @@ ID_TORCHVISION: dict[str, Callable[[str, bool], Any]] = {
     "mnist": _by_train("MNIST"),
     "fashionmnist": _by_train("FashionMNIST"),
 }
+MNIST_LIKE = {"mnist": "MNIST", "fashionmnist": "FashionMNIST"}  # folders of theirs
 TORCHVISION = ID_TORCHVISION | {"dtd": _by_split("DTD"), "places365": _places365}
 
 
@@ -137,9 +139,12 @@ def datasets_folder() -> str:
 def torchvision_set(name: str, train: bool, size: int) -> tuple[tuple[str, ...], Half]:
     """Class names, and images uint8 [n, size, size, 3] with labels int64 [n], of one of TORCHVISION's sets.
 
-    torchvision downloads it (and checks its MD5) to ``datasets_folder()``. MinerError when that fails.
+    torchvision downloads it (and checks its MD5) to ``datasets_folder()``. MinerError when that fails, and for a
+    damaged file of MNIST's kind that lies there already.
     """
     root = datasets_folder()
+    if name in MNIST_LIKE:
+        _check_idx(Path(root, MNIST_LIKE[name], "raw"))
     try:
         dataset = TORCHVISION[name](root, train)
     except (OSError, RuntimeError) as error:  # RuntimeError: no mirror answers, or a wrong MD5
@@ -151,10 +156,23 @@ def torchvision_set(name: str, train: bool, size: int) -> tuple[tuple[str, ...],
     return classes, _arrays(dataset, size)
 
 
+def _check_idx(folder: Path) -> None:
+    """MinerError for a file of another length than its head says: torchvision looks at nothing but the names."""
+    for path in sorted(folder.glob("*-ubyte")):
+        with open(path, "rb") as file:
+            head = file.read(16)
+        ends = range(8, 8 + 4 * head[3], 4) if len(head) > 7 else range(0)  # a magic number, then the shape
+        shape = [int.from_bytes(head[end - 4 : end], "big") for end in ends]
+        if not 1 <= len(shape) <= 3 or path.stat().st_size != 4 + 4 * len(shape) + math.prod(shape):
+            raise MinerError(f"{path}: cut off or damaged; replace it, or remove it to download it again")
+
+
 def _arrays(dataset: Any, size: int) -> Half:
     if not hasattr(dataset, "data"):  # DTD and Places365 are folders of images
-        items = [(fit(image, size), label) for image, label in dataset]
-        return np.stack([image for image, _ in items]), np.array([label for _, label in items], np.int64)
+        pixels, labels = np.empty((len(dataset), size, size, 3), np.uint8), np.empty(len(dataset), np.int64)
+        for row, (image, label) in enumerate(dataset):
+            pixels[row], labels[row] = fit(image, size), label
+        return pixels, labels
     images = np.asarray(dataset.data)
     if images.ndim == 3:  # MNIST is grey
         images = np.repeat(images[..., None], 3, axis=3)

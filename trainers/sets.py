@@ -8,18 +8,19 @@ import errno
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from miner.buckets import is_url
 from miner.cache import open_shard
 from miner.errors import MinerError, UsageError
-from miner.files import Place, check_name, place
+from miner.files import Place, atomic, check_name, place
 from miner.images import decode
 from miner.pool import Pool, resolve
 from miner.subset import load_subset
@@ -38,18 +39,20 @@ from trainers.read import (
 )
 
 BLOCK = 4096  # images decoded into one array
+ROWS = 1 << 17  # of a record written or read at once: as Python strings each takes hundreds of bytes
+Split = Literal["train", "test"]
 EXAMPLES = 3  # pairs shown of an overlap
 
 
-def open_images(spec: str, size: int, seed: int = 0) -> list[ImageSet]:
+def open_images(spec: str, size: int, seed: int = 0, split: Split = "test") -> list[ImageSet]:
     """Open outliers or OOD test sets at ``size`` px; several only for "demo", the demo's nine held-out families.
 
     ``spec`` is a gamma-subset (folder or URL); a pool (folder, name or URL); a folder of tars (its test-*.tar where
-    it has some) or one .tar or .tar.gz; a .npy file uint8 [N, H, W, 3]; a folder of images; a torchvision name (its
-    test split; Places365: the validation split); "lsun" (a folder in $OUTLIER_DATASETS); noise drawn from ``seed``:
-    gaussian, uniform, rademacher, blob; "demo"; "demo-pool". Images that do not decode stay out and are
-    counted on stderr. Raises MinerError for what is empty, damaged or of another type, UsageError for an unknown
-    ``spec``.
+    it has some) or one .tar or .tar.gz; a .npy file uint8 [N, H, W, 3]; a folder of images (its test/ where it has
+    train/ and test/); a torchvision name (its test split; Places365: the validation split); "lsun" (a folder in
+    $OUTLIER_DATASETS); noise drawn from ``seed``: gaussian, uniform, rademacher, blob; "demo"; "demo-pool". With
+    ``split`` "train" it is that one instead. Images that do not decode stay out and are counted on stderr. Raises
+    MinerError for what is empty, damaged or of another type, UsageError for an unknown ``spec``.
     """
     if spec in NOISE:
         images, origin = draw_noise(spec, size, seed), {"kind": "noise", "seed": seed, "count": COUNT}
@@ -57,24 +60,28 @@ def open_images(spec: str, size: int, seed: int = 0) -> list[ImageSet]:
     if spec in ("demo", "demo-pool"):
         return _open_demo(spec, size)
     if spec in TORCHVISION:
-        images = torchvision_set(spec, False, size)[1][0]
-        return [_finish(spec, (images,), None, {"kind": "torchvision", "path": datasets_folder()})]
+        images = torchvision_set(spec, split == "train", size)[1][0]
+        origin = {"kind": "torchvision", "path": datasets_folder(), "split": split}
+        return [_finish(spec, (images,), None, origin)]
     if spec == "lsun":
-        return [_open_lsun(size)]
+        return [_open_lsun(size, split)]
     if os.path.exists(spec):
         check_name(os.path.realpath(spec))
     if os.path.isfile(spec):
         return [_open_file(Path(spec), size)]
     if os.path.isdir(spec):
-        return [_open_folder(Path(spec), size)]
+        return [_open_folder(Path(spec), size, split)]
     if is_url(spec) and (place(spec) / "subset.json").exists():
         return [_open_subset(place(spec), size)]
     return [_open_pool(_resolve(spec), size)]
 
 
 def open_outliers(spec: str, size: int, seed: int) -> ImageSet:
-    """The one set of --outliers ``spec``. Raises UsageError for a spec of several sets, and as ``open_images`` does."""
-    sets = open_images(spec, size, seed)
+    """The one set of --outliers ``spec``, its train half where it has one: the test half is for evaluation.
+
+    Raises UsageError for a spec of several sets, and as ``open_images`` does.
+    """
+    sets = open_images(spec, size, seed, "train")
     if len(sets) > 1:
         raise UsageError(f"--outliers {spec}: holds {len(sets)} sets of images; name one")
     return sets[0]
@@ -99,18 +106,19 @@ def _open_file(path: Path, size: int) -> ImageSet:
     raise UsageError(f"{path}: images come as .tar, .tar.gz or .npy (uint8 [N, H, W, 3]), or as a folder of them")
 
 
-def _open_folder(path: Path, size: int) -> ImageSet:
+def _open_folder(path: Path, size: int, split: Split) -> ImageSet:
     if (path / "pool.json").exists():
         return _open_pool(str(path), size)
     if (path / "subset.json").exists() or any(path.glob("outliers-*.tar")):
         return _open_subset(path, size)
     name = path.resolve().name
-    tars = tar_files(path, "test-*") or tar_files(path, "*")
+    tars = tar_files(path, f"{split}-*") or tar_files(path, "*")
     for tar in tars:
         check_name(str(tar))
     if tars:
         return _open_tars(tars, path, name, size)
-    files = image_files(path)
+    both = (path / "train").is_dir() and (path / "test").is_dir()
+    files = image_files(path / split if both else path)
     if files:
         for file in files:
             check_name(str(file))
@@ -121,11 +129,11 @@ def _open_folder(path: Path, size: int) -> ImageSet:
     raise MinerError(f"{path}: no images (jpg, png, webp) and no tars in it; {hint}")
 
 
-def _open_lsun(size: int) -> ImageSet:
+def _open_lsun(size: int, split: Split) -> ImageSet:
     path = Path(datasets_folder(), "lsun")
     if not path.is_dir():  # torchvision reads it with lmdb and a pickle, and cannot download it
         raise MinerError(f"{path}: missing; LSUN has no download here: put its test images or tars into that folder")
-    return _open_folder(path, size)
+    return _open_folder(path, size, split)
 
 
 def _open_tars(tars: Sequence[Path], path: Path, name: str, size: int) -> ImageSet:
@@ -243,7 +251,7 @@ def overlap(images: ImageSet | pa.Table, others: Mapping[str, ImageSet]) -> list
     ``images`` may be the table that ``record`` made. Raises MinerError for sets opened at different sizes, whose
     pixels say nothing about each other.
     """
-    keys, ours, size = _hashed(images)
+    key, ours, size = _hashed(images)
     found = []
     for name, other in others.items():
         if other.size != size:
@@ -253,7 +261,7 @@ def overlap(images: ImageSet | pa.Table, others: Mapping[str, ImageSet]) -> list
         place = np.searchsorted(theirs, ours, sorter=order)
         place = order[np.minimum(place, len(order) - 1)]
         same = np.flatnonzero(theirs[place] == ours)
-        found += [(keys[row], name, other.key(int(place[row]))) for row in same.tolist()]
+        found += [(key(row), name, other.key(int(place[row]))) for row in same.tolist()]
     return found
 
 
@@ -272,18 +280,26 @@ def refuse_overlap(outliers: ImageSet | pa.Table, others: Mapping[str, ImageSet]
     return count
 
 
-def record(images: ImageSet) -> pa.Table:
-    """A table of ``key`` and ``pixels`` (the hash of ``digests``, 32 hex characters), the size in its metadata."""
-    digits = images.digests().tobytes().hex()
-    keys = [images.key(row) for row in range(len(images))]
-    pixels = [digits[start : start + 32] for start in range(0, len(digits), 32)]
-    return pa.table({"key": keys, "pixels": pixels}).replace_schema_metadata({"size": str(images.size)})
+def record(images: ImageSet, start: int = 0, stop: int | None = None) -> pa.Table:
+    """Rows as a table of ``key`` and ``pixels`` (hash of ``digests``, 32 hex characters), the size in its metadata."""
+    digits = images.digests()[start:stop].tobytes().hex()
+    pixels = [digits[at : at + 32] for at in range(0, len(digits), 32)]
+    keys = [images.key(row) for row in range(start, start + len(pixels))]
+    schema = pa.schema([("key", pa.string()), ("pixels", pa.string())], {"size": str(images.size)})
+    return pa.table({"key": keys, "pixels": pixels}, schema=schema)
 
 
-def _hashed(images: ImageSet | pa.Table) -> tuple[Sequence[str], np.ndarray, int]:
-    """Keys, digests "S16" and size of a set or of its record."""
+def write_record(images: ImageSet, path: Place) -> None:
+    """Write ``record`` to a parquet file, complete or absent, with memory for ROWS of it."""
+    with atomic(path) as sink, pq.ParquetWriter(sink, record(images, 0, 0).schema, compression="zstd") as writer:
+        for start in range(0, len(images), ROWS):
+            writer.write_table(record(images, start, start + ROWS))
+
+
+def _hashed(images: ImageSet | pa.Table) -> tuple[Callable[[int], str], np.ndarray, int]:
+    """Key of a row, digests "S16" and size of a set or of its record."""
     if isinstance(images, ImageSet):
-        keys = images.keys or [str(row) for row in range(len(images))]
-        return keys, images.digests(), images.size
-    digits = "".join(images["pixels"].to_pylist())
-    return images["key"].to_pylist(), np.frombuffer(bytes.fromhex(digits), "S16"), int(images.schema.metadata[b"size"])
+        return images.key, images.digests(), images.size
+    digits = ("".join(part["pixels"].to_pylist()) for part in images.to_batches(ROWS))
+    digests = np.frombuffer(b"".join(map(bytes.fromhex, digits)), "S16")
+    return lambda row: str(images["key"][row]), digests, int(images.schema.metadata[b"size"])
