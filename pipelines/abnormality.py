@@ -16,6 +16,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from miner.errors import UsageError
 from pipelines import cli
 from trainers.abnormality_config import AbnormalityConfig
+from trainers.config import SEEDS
 
 DEFAULT = "abnormality.safetensors"
 
@@ -29,9 +30,10 @@ class ModuleConfig:
     id: str | None = None
     """ID set. Default: what the checkpoint says."""
     outliers: str | None = None
-    """Real outliers (a gamma-subset, tars, ...) in the place of distorted ID images."""
+    """Real outliers (a gamma-subset, tars, ...; the train half where there is one) in the place of distorted ID
+    images."""
     allow_overlap: bool = False
-    """Train even if outliers are among the images of the ID test set."""
+    """Train even if outliers are among the images of the ID set."""
     seed: int = 0
     """Same seed, threads and machine: same module."""
     threads: int = 1
@@ -41,8 +43,8 @@ class ModuleConfig:
     training: Annotated[AbnormalityConfig, OmitArgPrefixes] = field(default_factory=AbnormalityConfig)
 
     def __post_init__(self) -> None:
-        if self.threads < 1 or self.seed < 0:
-            raise UsageError(f"threads {self.threads}, seed {self.seed}: at least 1 and at least 0 are needed")
+        if self.threads < 1 or not 0 <= self.seed < SEEDS:
+            raise UsageError(f"threads {self.threads}, seed {self.seed}: at least 1, and 0 to 2^63 - 1, are needed")
 
 
 def main() -> None:
@@ -73,7 +75,9 @@ def main() -> None:
     outliers = None
     if config.outliers:
         found = open_outliers(config.outliers, size, config.seed)
-        refuse_overlap(found, {"the ID test set": ImageSet("ID test", (id_set.test_images,))}, config.allow_overlap)
+        halves = {"the ID training set": id_set.train_images, "the ID test set": id_set.test_images}
+        inside = {name: ImageSet(name, (images,)) for name, images in halves.items()}
+        refuse_overlap(found, inside, config.allow_overlap)
         outliers, facts["outliers"] = found.take(np.arange(len(found))), found.origin
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Display() as display:

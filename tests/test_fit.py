@@ -205,10 +205,12 @@ def test_a_run_leaves_all_that_is_needed_to_use_it(tmp_path):
     assert meta["long_tail"] == 0.5
     assert meta["accuracy"] == summary["accuracy"] > 0.6
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["outliers_seen"] == summary["outliers_seen"] > 0
+    assert summary["mirrored"] is False
     assert (tmp_path / "run" / "outliers.parquet").exists()
     assert any((tmp_path / "run" / "tensorboard").iterdir())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    assert summary["seconds"] == pytest.approx(sum(line["seconds"] for line in lines), abs=1e-3)
 
 
 def test_killed_and_resumed_is_the_same_to_the_last_digit(tmp_path):
@@ -240,21 +242,39 @@ def test_killed_and_resumed_is_the_same_to_the_last_digit(tmp_path):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_a_finished_run_and_other_settings(tmp_path):
+def test_a_finished_run_and_other_settings(tmp_path, capfd):
     first = train(job(tmp_path / "run"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     again = train(job(tmp_path / "run"))
-    assert again["loss"] == first["loss"]
-    assert again["accuracy"] == first["accuracy"]
+    assert {name: again[name] for name in first} == json.loads(json.dumps(first))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    with open(tmp_path / "run" / "epochs" / "000003" / "state.safetensors", "ab") as state:
+        state.write(b"x")
+    repaired = train(job(tmp_path / "run"))
+    said = capfd.readouterr().err
+    assert "state.safetensors: changed since it was committed; going back behind epoch 4" in said
+    assert "going on after epoch 3" in said
+    assert (repaired["loss"], repaired["accuracy"]) == (first["loss"], first["accuracy"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert repaired["seconds"] == pytest.approx(sum(line["seconds"] for line in lines), abs=1e-3)
     with pytest.raises(MinerError, match=r"run: holds a run with other settings \(seed: 0 there, 1 now\)"):
         train(job(tmp_path / "run", seed=1))
     with pytest.raises(MinerError, match="no run to resume"):
         train(job(tmp_path / "none", resume=True))
 
 
+def test_one_process_at_a_time(tmp_path):
+    with RunDir(tmp_path / "run").locked(), pytest.raises(MinerError, match="run: another process is at work here"):
+        train(job(tmp_path / "run"))
+
+
 def test_outliers_among_the_test_images_are_refused(tmp_path, digits, capfd):
     np.save(tmp_path / "leak.npy", np.concatenate([demo.pool_arrays()[0][:500], digits.test_images[:3]]))
     config = job(tmp_path / "run", outliers=str(tmp_path / "leak.npy"))
     with pytest.raises(MinerError, match=r"3 of 503 .*ID test set.*--allow-overlap"):
+        train(config)
+    np.save(tmp_path / "leak.npy", np.concatenate([demo.pool_arrays()[0][:50], digits.train_images[5:7]]))
+    with pytest.raises(MinerError, match=r"2 of 52 .*ID training set.*--allow-overlap"):
         train(config)
     ood = demo.held_out()["rings"]
     np.save(tmp_path / "ood.npy", ood)

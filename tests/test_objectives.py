@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from miner.errors import UsageError
 from trainers import models
+from trainers.config import PretrainConfig, TrainConfig
 from trainers.objectives import (
     Draw,
     Outputs,
@@ -310,6 +311,26 @@ def test_bad_recipes_are_refused():
     for wrong in ({"lr": float("nan")}, {"lr_min": 1.0}, {"label_smoothing": 2.0}, {"batch_outliers": 0}):
         with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", "-")):
             Recipe(**wrong)
+
+
+@pytest.mark.parametrize("kind", [Objective, Recipe, PretrainConfig])
+def test_no_number_of_a_recipe_may_be_nan_or_infinite(kind):
+    numbers = [name for name, value in vars(kind()).items() if isinstance(value, float)]
+    assert "lr" in numbers or "xi" in numbers
+    wrong = [(name, float(text)) for name in numbers for text in ("nan", "inf", "-inf")]
+    if kind is Objective:
+        wrong.append(("beta", (1.0, float("nan"))))
+    for name, number in wrong:
+        with pytest.raises(UsageError, match=rf"^{name.replace('_', '-')} .*: must be finite"):
+            kind(**{name: number})
+
+
+def test_a_seed_that_torch_cannot_take_is_refused():
+    assert TrainConfig(seed=2**63 - 1).seed == 2**63 - 1
+    with pytest.raises(UsageError, match=r"seed 9223372036854775808: must be below 2\^63"):
+        TrainConfig(seed=2**63)
+    with pytest.raises(UsageError, match=r"long-tail nan: must be finite"):
+        TrainConfig(long_tail=float("nan"))
 
 
 def test_consistency_counts_under_every_mixer_of_images():

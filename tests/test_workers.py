@@ -14,6 +14,7 @@ import ray
 
 from miner.errors import MinerError, UsageError
 from miner.rays import connect
+from miner.run_dir import RunDir
 from trainers.config import TrainConfig
 from trainers.recipes import default_recipe
 from trainers.training import train
@@ -137,5 +138,7 @@ def test_a_workers_error_is_one_line_and_resume_is_exact(pair, tmp_path):
 def test_numbers_that_do_not_fit(tmp_path):
     with pytest.raises(UsageError, match="--workers 3: must divide batch 256 and 256 outliers"):
         train(config(tmp_path / "run", 3))
+    with RunDir(tmp_path / "run").locked(), pytest.raises(MinerError, match="run: another process is at work here"):
+        train(config(tmp_path / "run", 2))
     with pytest.raises(UsageError, match="--workers 4: one CPU each is needed, and there are 2"):
         train(config(tmp_path / "run", 4))

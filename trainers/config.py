@@ -9,8 +9,9 @@ from tyro.conf import OmitArgPrefixes
 
 from miner.errors import UsageError
 from miner.files import place
-from trainers.recipes import Recipe, default_recipe, preset
+from trainers.recipes import Recipe, check_finite, default_recipe, preset
 
+SEEDS = 1 << 63  # torch takes no larger one
 Model = Literal["small", "medium", "wrn-40-2", "wrn-40-4", "wrn-28-10", "resnet18", "densenet-bc-100"]
 Method = Literal[
     "ce",
@@ -49,6 +50,7 @@ class PretrainConfig:
     """Probability spread evenly over all classes; above zero it blurs the confidence that scores rely on."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _check(self.epochs, self.batch, self.lr)
         if not 0 <= self.warmup < 1:
             raise UsageError(f"warmup {self.warmup}: must be at least 0 and below 1")
@@ -75,12 +77,13 @@ class TrainConfig:
     """ID set: a folder of train-*.tar / test-*.tar or of train/CLASS and test/CLASS images, a torchvision name
     (cifar10), or `demo`."""
     outliers: str | None = None
-    """Background images: a gamma-subset, a pool (folder, URL or name), a folder of tars, one tar, an image folder
-    or an .npy array uint8 [N, H, W, 3]. Default for the demo ID set: the demo pool."""
+    """Background images: a gamma-subset, a pool (folder, URL or name), a folder of tars, one tar, an image folder, a
+    torchvision name or an .npy array uint8 [N, H, W, 3]. Where there is a train half (train-*.tar, train/ beside test/,
+    a train split), it is taken and nothing else. Default for the demo ID set: the demo pool."""
     ood: tuple[str, ...] = ()
     """OOD test sets that will judge this classifier: training is refused if outliers are among their images."""
     allow_overlap: bool = False
-    """Train even if outliers are among the images of the ID test set or of --ood."""
+    """Train even if outliers are among the images of the ID set or of --ood."""
     long_tail: float | None = None
     """Cut the ID training set to an exponential profile; the rarest class keeps this share of the most frequent."""
     hold_out: str = ""
@@ -107,8 +110,7 @@ class TrainConfig:
     recipe: Annotated[Recipe, OmitArgPrefixes] = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
-        if re.match(r"\w+:/", str(self.out)):  # a Path has lost the other slash
-            raise UsageError(f"--out {self.out}: training writes to a local folder; only mining writes to a URL")
+        check_finite(self)
         if re.match(r"\w+:/", str(self.out)):  # a Path has lost the other slash
             raise UsageError(f"--out {self.out}: training writes to a local folder; only mining writes to a URL")
         if self.workers < 1 or self.threads < 0 or self.seed < 0 or self.size < 8:
@@ -116,6 +118,8 @@ class TrainConfig:
                 f"workers {self.workers}, threads {self.threads}, seed {self.seed}, size {self.size}: "
                 "at least 1, 0, 0 and 8 are needed"
             )
+        if self.seed >= SEEDS:
+            raise UsageError(f"seed {self.seed}: must be below 2^63")
 
     @classmethod
     def default(cls, method: str | None, preset_name: str | None, scratch: bool) -> "TrainConfig":

@@ -15,6 +15,14 @@ Mixer = Literal["none", "linear", "cutmix", "hidden", "logit"]
 Views = Literal["crop-flip", "flip", "none"]
 
 
+def check_finite(settings: object) -> None:
+    """Raise UsageError for a field that is NaN or infinite: no comparison can be trusted to refuse it."""
+    for name, value in vars(settings).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise UsageError(f"{name.replace('_', '-')} {value}: must be finite")
+
+
 @dataclass(frozen=True)
 class Objective:
     """L = ce CE(x) + expose SoftCE(o, t) - entropy H(o) + energy, ring, mix and consistency terms."""
@@ -52,10 +60,11 @@ class Objective:
     """No gradient through the mixed logits in the consistency term."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not min(self.beta) > 0:
             raise UsageError(f"beta {self.beta}: both parameters must be above 0")
         weights = (self.ce, self.expose, self.entropy, self.energy, self.ring, self.mix, self.consistency)
-        if not 0 <= min(weights) <= max(weights) < math.inf:
+        if min(weights) < 0:
             raise UsageError("weights of an objective's terms must be finite and at least 0")
         if self.mixer == "none" and (self.mix or self.consistency):
             raise UsageError("mix and consistency need a mixer: --mixer linear, cutmix, hidden or logit")
@@ -121,19 +130,21 @@ class Recipe:
     outlier_budget: int = 0
     """Use only this many of the outliers, drawn once (0: all)."""
     augment_id: Views = "crop-flip"
-    """Random views of ID images: crop-flip, flip or none; sets of digits are never mirrored."""
+    """Random views of ID images: crop-flip, flip or none. A set is never mirrored if a word of its name is that of a
+    set of digits or letters (mnist, emnist, kmnist, qmnist, notmnist, svhn, usps, digits), nor is the demo."""
     augment_outliers: Views = "crop-flip"
     """The same for outliers; flip mirrors them beside digits too (OE on SVHN and MNIST)."""
     hard_from: int = 0
     """Hard outlier mining (OE-M): each epoch score this many random outliers and train on the most confident."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.epochs < 1 or self.batch < 2 or self.batch_outliers < 1:
             sizes = f"epochs {self.epochs}, batch {self.batch}, batch-outliers {self.batch_outliers}"
             raise UsageError(f"{sizes}: must be at least 1, 2 and 1")
-        if not 0 < self.lr < math.inf or not 0 <= self.lr_min <= self.lr:
+        if not self.lr > 0 or not 0 <= self.lr_min <= self.lr:
             raise UsageError(f"lr {self.lr}, lr-min {self.lr_min}: lr must be above 0, lr-min between 0 and lr")
-        if not 0 <= self.warmup < 1 or not 0 <= self.label_smoothing < 1 or not 0 <= self.weight_decay < math.inf:
+        if not 0 <= self.warmup < 1 or not 0 <= self.label_smoothing < 1 or self.weight_decay < 0:
             raise UsageError("warmup and label-smoothing must be in [0, 1), weight-decay at least 0")
         if self.outlier_budget < 0 or self.hard_from < 0:
             raise UsageError("outlier-budget and hard-from must be at least 0")

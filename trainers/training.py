@@ -1,25 +1,28 @@
 """The training job behind ``pipelines.train``: open the data, refuse leaks, train with resume, save."""
 
 import os
+import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from miner.files import atomic
+from miner.errors import MinerError
+from miner.files import read_json
 from miner.progress import Display, Steps
 from miner.run_dir import RunDir, write_file, write_json
 from trainers import models
-from trainers.checkpoint import load_net, save_checkpoint
+from trainers.checkpoint import load_checkpoint, load_net, save_checkpoint
 from trainers.config import TrainConfig
 from trainers.data import load_id
 from trainers.fit import World, fit, mean_energies
-from trainers.sets import ImageSet, open_images, open_outliers, record, refuse_overlap
+from trainers.sets import ImageSet, open_images, open_outliers, refuse_overlap, write_record
 from trainers.splits import hold_out, long_tail, parse_hold_out
 
 STATE = "state.safetensors"
+CHECKPOINT, SUMMARY = "checkpoint.safetensors", "summary.json"
 
 
 def id_set_of(spec: str, size: int, held_out: tuple[int, ...] | str = "", tail: float | None = None) -> tuple[Any, ...]:
@@ -56,11 +59,15 @@ class Training:
         torch.set_num_threads(self.threads)
         torch.backends.cudnn.deterministic = True
         self.open()
-        with self.display:
+        alone = self.world.size == 1  # else the process that started them all holds the lock
+        with self.dir.locked() if alone else nullcontext(), self.display:
             first = self.begin()
+            if done := self.finished(first):
+                return done
             if self.chief:
+                self.record_outliers()
                 self.display.follow(self.dir.path, self.recipe.epochs, self.dir.unit)
-            self.tell_outliers()
+                self.tell()
             result = self.fit(first)
             if self.chief:
                 self.save(result)
@@ -79,11 +86,12 @@ class Training:
         self.net, self.made_from = self.open_net()
 
     def open_outliers(self, spec: str | None, held: ImageSet | None) -> ImageSet | None:
-        """The background images; refused when the ID test set, held-out classes or an OOD test set has some of them."""
+        """The background images; refused when the ID set, held-out classes or an OOD test set has some of them."""
         if spec is None:
             return None
         outliers = open_outliers(spec, self.config.size, self.config.seed)
-        tests = {"the ID test set": ImageSet("ID test", (self.id_set.test_images,))}
+        halves = {"the ID training set": self.id_set.train_images, "the ID test set": self.id_set.test_images}
+        tests = {name: ImageSet(name, (images,)) for name, images in halves.items()}
         if held is not None:
             tests["the held-out classes"] = held
         for name in self.config.ood:
@@ -108,19 +116,42 @@ class Training:
         settings = self.config.settings() | {"threads": self.threads} | facts
         if self.chief:
             first = self.dir.begin(settings, self.config.resume)
-            seen = self.dir.path / "outliers.parquet"
-            seen.unlink(missing_ok=True)  # of a method that was tried here before
-            if self.outliers is not None:
-                with atomic(str(seen)) as sink:
-                    pq.write_table(record(self.outliers), sink, compression="zstd")
+            for note in self.dir.notes:
+                self.display.say(note)
         else:
             first = max(self.dir.committed(), default=-1) + 1
         return first
 
-    def tell_outliers(self) -> None:
-        """Say how often outliers repeat, and where energies stand against the margins asked for."""
+    def finished(self, first: int) -> dict[str, Any] | None:
+        """The summary of a run that has all its epochs and files: run again, it changes nothing."""
+        if first < self.recipe.epochs:
+            return None
+        try:
+            load_checkpoint(self.dir.path / CHECKPOINT)
+            summary = read_json(str(self.dir.path / SUMMARY))
+        except (MinerError, FileNotFoundError):  # saved once more
+            return None
+        self.display.say(f"{self.dir.path}: finished before, nothing is left to do")
+        return dict(summary)
+
+    def record_outliers(self) -> None:
+        """outliers.parquet: what ``pipelines.evaluate`` will compare its test images with."""
+        seen = self.dir.path / "outliers.parquet"
+        seen.unlink(missing_ok=True)  # of a method that was tried here before
+        if self.outliers is not None:
+            write_record(self.outliers, seen)
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether ID images are mirrored at random."""
+        return self.id_set.flip and self.recipe.augment_id != "none"
+
+    def tell(self) -> None:
+        """Say whether ID images are mirrored, how often outliers repeat, and where energies stand to the margins."""
         recipe, outliers = self.recipe, self.outliers
-        if outliers is None or not self.chief:
+        how = "mirrored at random" if self.mirrored else "never mirrored"
+        self.display.say(f"ID: {self.id_set.name}, {len(self.id_set.train_images):,} training images, {how}")
+        if outliers is None:
             return
         used = min(len(outliers), recipe.outlier_budget or len(outliers))
         wanted = len(self.id_set.train_images) // recipe.batch * recipe.batch_outliers
@@ -148,6 +179,7 @@ class Training:
             resume = (first, (self.dir.verified(first - 1) / STATE).read_bytes())
             if self.chief:
                 self.display.say(f"going on after epoch {first}")
+        self.clock = time.monotonic()
         self.writer = SummaryWriter(str(self.dir.path / "tensorboard"), purge_step=first + 1) if self.chief else None
         result = fit(
             self.net,
@@ -163,12 +195,16 @@ class Training:
         )
         if self.writer:
             self.writer.close()
-        last = self.dir.metrics()[-1] if self.chief else {}
-        return result | {"loss": last.get("loss"), "terms": last}
+        records = self.dir.metrics() if self.chief else []
+        seconds = sum(record.pop("seconds", 0.0) for record in records)  # of all sessions
+        last = records[-1] if records else {}
+        return result | {"loss": last.get("loss"), "terms": last, "seconds": round(seconds, 3)}
 
     def commit(self, epoch: int, state: bytes, means: dict[str, Any]) -> None:
         """An epoch is over: log, keep its state, and only then call it done."""
-        record = {"epoch": epoch - 1, **means}
+        now = time.monotonic()
+        record = {"epoch": epoch - 1, **means, "seconds": round(now - self.clock, 3)}
+        self.clock = now
         self.dir.log(record)
         write_file(self.dir.round(epoch - 1) / STATE, state)
         self.dir.commit(epoch - 1)
@@ -204,10 +240,11 @@ class Training:
             "accuracy": result["accuracy"],
             **self.made_from,
         }
-        save_checkpoint(self.dir.path / "checkpoint.safetensors", self.net, meta)
+        save_checkpoint(self.dir.path / CHECKPOINT, self.net, meta)
         result |= {
             "images_per_step": self.recipe.images_per_step,
             "threads": self.threads,
             "workers": self.world.size,
+            "mirrored": self.mirrored,
         }
-        write_json(self.dir.path / "summary.json", meta | result)
+        write_json(self.dir.path / SUMMARY, meta | result)

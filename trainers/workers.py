@@ -14,6 +14,7 @@ from threading import Thread
 from typing import Any
 
 import ray
+import torch
 from ray.util.queue import Empty, Queue
 
 from miner.errors import MinerError, UsageError
@@ -42,18 +43,21 @@ def train_together(config: TrainConfig) -> dict[str, Any]:
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    _prepare(config)
-    own = not ray.is_initialized()
-    try:
-        with TemporaryDirectory(prefix="outlier-miner-") as storage:
-            _supervise(config, storage)
-    finally:
-        if own:
-            ray.shutdown()
-    return json.loads((config.run_dir / "summary.json").read_text())
+    training = _prepare(config)
+    with training.dir.locked():
+        if done := training.finished(training.begin()):
+            return done
+        own = not ray.is_initialized()
+        try:
+            with TemporaryDirectory(prefix="outlier-miner-") as storage:
+                _supervise(config, storage)
+        finally:
+            if own:
+                ray.shutdown()
+        return json.loads((config.run_dir / "summary.json").read_text())
 
 
-def _prepare(config: TrainConfig) -> None:
+def _prepare(config: TrainConfig) -> Training:
     """What would go wrong in a worker goes wrong here at once, and no two workers download or decode the same files."""
     world = World(0, config.workers)
     world.check(config.recipe)
@@ -64,7 +68,7 @@ def _prepare(config: TrainConfig) -> None:
         raise MinerError(f"{message}; pip install 'ray[train]'") from None
     training = Training(config, world)
     training.open()
-    training.begin()
+    return training
 
 
 def _supervise(config: TrainConfig, storage: str) -> None:
@@ -128,7 +132,8 @@ def _plain(error: BaseException) -> BaseException:
             cause = str(died).strip().splitlines()[0]
             return MinerError(f"a worker process died ({cause}); run the same command again to go on")
     for failure in failures:
-        if isinstance(failure, MinerError) or (isinstance(failure, OSError) and failure.filename):
+        known = isinstance(failure, MinerError | torch.OutOfMemoryError)
+        if known or (isinstance(failure, OSError) and failure.filename):
             return failure
     return error
 
