@@ -60,7 +60,8 @@ def main() -> None:
     from trainers.abnormality import save_abnormality, train_abnormality
     from trainers.checkpoint import open_checkpoint
     from trainers.image_set import ImageSet
-    from trainers.sets import open_outliers, refuse_overlap
+    from trainers.overlap import refuse_overlap
+    from trainers.sets import open_outliers
 
     torch.set_num_threads(config.threads)
     net, meta = open_checkpoint(config.checkpoint)

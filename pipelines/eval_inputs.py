@@ -16,9 +16,10 @@ from trainers.data import IdSet
 from trainers.image_set import ImageSet
 from trainers.models import Net
 from trainers.noise import NOISE
+from trainers.overlap import refuse_overlap
 from trainers.read import npy_images
 from trainers.scores import NAMES
-from trainers.sets import open_images, refuse_overlap
+from trainers.sets import open_images
 
 if TYPE_CHECKING:
     from pipelines.evaluate import EvaluateConfig

@@ -30,7 +30,8 @@ from trainers.checkpoint import open_checkpoint, save_checkpoint
 from trainers.data import IdSet, load_id
 from trainers.fit import pretrain
 from trainers.image_set import ImageSet
-from trainers.sets import open_images, record
+from trainers.overlap import record
+from trainers.sets import open_images
 
 SIZE = 16  # px
 OUT = [3, 7]  # classes of "held"

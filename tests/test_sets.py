@@ -28,7 +28,8 @@ from miner.tars import TarWriter
 from trainers.data import load_id
 from trainers.image_set import ImageSet
 from trainers.noise import NOISE, draw_noise
-from trainers.sets import open_images, open_outliers, overlap, record, refuse_overlap, write_record
+from trainers.overlap import overlap, record, refuse_overlap, write_record
+from trainers.sets import open_images, open_outliers
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8)
 
@@ -501,7 +502,7 @@ def test_a_record_finds_the_same_duplicates_later(tmp_path: Path) -> None:
 
 
 def test_a_record_is_written_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainers.sets.ROWS", 4000)
+    monkeypatch.setattr("trainers.overlap.ROWS", 4000)
 
     class Keys(list):  # drawn when asked for, as a pool's are
         def __len__(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 from miner.errors import MinerError, UsageError
 from miner.images import png
 from trainers.data import IdSet, load_id, make_id_set
-from trainers.sets import overlap
+from trainers.overlap import overlap
 from trainers.splits import hold_out, long_tail, parse_hold_out
 
 # Held-out labels of MixOE's benches, split by split, as its repository lists them.

@@ -18,7 +18,8 @@ from trainers.checkpoint import load_checkpoint, load_net, save_checkpoint
 from trainers.config import TrainConfig
 from trainers.data import load_id
 from trainers.fit import World, fit, mean_energies
-from trainers.sets import ImageSet, open_images, open_outliers, refuse_overlap, write_record
+from trainers.overlap import refuse_overlap, write_record
+from trainers.sets import ImageSet, open_images, open_outliers
 from trainers.splits import hold_out, long_tail, parse_hold_out
 
 STATE = "state.safetensors"
