@@ -34,6 +34,7 @@ class PoolShards:
         self.size, self.seed, self.rule, self.eta = size, seed, rule, eta
         self.state: dict[int, ShardState] = {}
         self.images: dict[int, np.ndarray] = {}
+        self.lender = cache.Lender()
         self.uid: dict[int, np.ndarray] = {}
         self.label: dict[int, np.ndarray] = {}
         self.excluded: dict[int, np.ndarray] = {}  # what is out before the game begins
@@ -98,8 +99,8 @@ class PoolShards:
         self.state[shard] = state
 
     def rows_of(self, shard: int, rows: np.ndarray) -> np.ndarray:
-        """Images of the given rows, uint8 ``[n, size, size, 3]``."""
-        return cache.gather(self.pixels(shard), rows)
+        """Images of the given rows, uint8 ``[n, size, size, 3]``; Ray copies them out of the file."""
+        return self.lender.lend(self.pixels(shard), rows)
 
     # --- score -----------------------------------------------------------------------------------------------
 

@@ -150,7 +150,7 @@ def settings(target: Target, sets: Mapping[str, ImageSet], alarms: float) -> dic
     """What decides the outcome of an audit, in JSON types."""
     known = {name: {"images": len(x), "fingerprint": str(x.origin["fingerprint"])} for name, x in sets.items()}
     size = next(iter(sets.values())).size
-    return {"fingerprint": target.fingerprint, "sets": known, "size": size, "alarms": alarms}
+    return {"fingerprint": target.fingerprint, "sets": known, "size": size, "alarms": alarms, "floor": FLOOR}
 
 
 def audit(

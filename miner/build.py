@@ -100,7 +100,9 @@ def _complete(folder: str, stem: str, job: Job) -> int | None:
     try:
         note = read_json(f"{stem}.json")
         entry, stamp = note["shard"], note["stamp"]
-        if entry is None and stamp == job.stamp:
+        if stamp != job.stamp:
+            raise MinerError(f"{job.path}: changed since {folder} was begun; remove it or give another --out")
+        if entry is None:
             return 0  # no image in its part of the source
         size = file_size(os.path.join(folder, entry["path"]))
         recorded, count = int(entry["file_bytes"]), int(entry["count"])
@@ -108,8 +110,6 @@ def _complete(folder: str, stem: str, job: Job) -> int | None:
         return None
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MinerError(f"{stem}.json: damaged ({error!r}); remove it and run again") from None
-    if stamp != job.stamp:
-        raise MinerError(f"{job.path}: changed since {folder} was begun; remove it or give another --out")
     return count if size == recorded and place(f"{stem}.parquet").exists() else None
 
 

@@ -22,6 +22,7 @@ from trainers.image_set import ImageSet
 VERSION = 1  # raise when decoding gives other pixels
 ABANDONED = 3600.0  # seconds without a write after which a half-written array is nobody's
 CHUNK = 256  # images decoded between two writes
+MAPPED = 64 << 20  # bytes of a file that stay in a process after they were lent
 
 
 def open_shard(pool: Pool, shard: int, size: int, directory: str | None = None) -> tuple[np.ndarray, dict[int, str]]:
@@ -65,18 +66,37 @@ def _stem(pool: Pool, shard: int, size: int, directory: str | None = None) -> st
 def gather(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """A copy of these rows of what ``open_shard`` gave."""
     found = images[rows]
-    _let_go(images)
+    let_go(images)
     return found
+
+
+class Lender:
+    """Lends images of decoded shards to who copies them at once, and lets go of the pages of those lent before."""
+
+    def __init__(self) -> None:
+        self.images, self.bytes = np.empty(0), 0
+
+    def lend(self, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """As ``gather``, but rows that follow each other are a view of the file."""
+        if images is not self.images or self.bytes > MAPPED:
+            let_go(self.images)
+            self.images, self.bytes = images, 0
+        if len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+            view = np.asarray(images)[int(rows[0]) :][: len(rows)]
+            if view.flags.c_contiguous:
+                self.bytes += view.nbytes
+                return view
+        return gather(images, rows)
 
 
 def digests(images: np.ndarray) -> np.ndarray:
     """``ImageSet.digests`` of what ``open_shard`` gave."""
     found = ImageSet("shard", (images,)).digests()
-    _let_go(images)
+    let_go(images)
     return found
 
 
-def _let_go(images: np.ndarray) -> None:
+def let_go(images: np.ndarray) -> None:
     """Unmap the pages of a file: they stay in the system's cache, but no process grows as large as the pool."""
     mapped = getattr(images, "_mmap", None)
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):

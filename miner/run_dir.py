@@ -4,9 +4,10 @@ import contextlib
 import fcntl
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from miner.buckets import BucketPath, check_writable
 from miner.errors import MinerError, StoreError, disk_full
@@ -88,22 +89,23 @@ class RunDir:
         return first
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, wait: float = 0.0) -> Iterator[None]:
         """Keep every other process out of a local run directory; the system lets go when this one ends, however.
 
-        Raises MinerError when another process is at work in it. Object stores have no such lock.
+        Raises MinerError when another process is at work in it, and still is after ``wait`` seconds. Object stores have
+        no such lock.
         """
         if not isinstance(self.path, Path):
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise MinerError(f"{self.path}: another process is at work here; wait for it, or end it") from None
-            except OSError:
-                pass  # a network disk without locks
+            end = time.monotonic() + wait
+            with contextlib.suppress(OSError):  # a network disk without locks
+                while not _taken(file):
+                    if time.monotonic() >= end:
+                        raise MinerError(f"{self.path}: another process is at work here; wait for it, or end it")
+                    time.sleep(0.2)
             yield
 
     def last_sound(self) -> int:
@@ -239,6 +241,15 @@ def _take_back(path: Place) -> None:
         remove_folder(path)
     else:
         path.unlink()
+
+
+def _taken(file: IO[bytes]) -> bool:
+    """Whether the lock on an open file is ours now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

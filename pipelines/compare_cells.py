@@ -128,6 +128,11 @@ def scores_of(cell: Cell, methods: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("msp", *(OWN_SCORE.get(method, "msp") for method in judged))))
 
 
+def judged(path: Path, scores: Iterable[str]) -> bool:
+    """Whether the rows of a cell are there, by all ``scores``: another method may ask for one more."""
+    return path.exists() and set(scores) <= set(pq.read_table(path, columns=["score"])["score"].to_pylist())
+
+
 def cost_rows(job: Job, summary: Mapping[str, Any]) -> list[Row]:
     """What the cell cost, and which share of its outliers carries --flag."""
     label, stored = outliers(job)

@@ -221,7 +221,7 @@ def by_method(results: Results) -> str:
                 title = f"{NAMES[metric]} of {GROUPS[group or 'far']} sets, γ = {gamma:g}{where}"
                 labels = [method_name(method) for method in methods]
                 drawn.append(plots.bars(title, f"{arrowed(metric)}, %", labels, series, _colours(results), low))
-    intro = "Which trainer gains from mining. None is cross-entropy alone, the same in each group."
+    intro = "Which trainer gains from mining. None is cross-entropy alone, by each method's own score."
     return paper.section("methods", "By trainer (the paper's Figure 7b)", intro, paper.grid(drawn)) if drawn else ""
 
 

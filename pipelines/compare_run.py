@@ -32,6 +32,7 @@ from pipelines.compare_cells import (
     fingerprints,
     flagged,
     in_parallel,
+    judged,
     one_line,
     open_id,
     scores_of,
@@ -204,7 +205,7 @@ class Comparison:
         """The cells that are missing."""
         jobs, spent = {}, 0
         for cell in self.matrix.cells:
-            if (self.out / cell.name / ROWS).exists():
+            if judged(self.out / cell.name / ROWS, scores_of(cell, self.config.methods)):
                 spent += self.config.budget
             elif not self.blocked(cell.name, [cell.theta0.name, *([cell.mine.name] if cell.mine else [])]):
                 jobs[cell.name] = self.job(cell)

@@ -143,7 +143,7 @@ class Results:
         """The arm that ``arm`` is held against; None where it is missing, or is itself."""
         found: Arm | None
         if selector == NONE:
-            found = None if arm.selector == NONE else self.without(arm.block, arm.method)
+            found = None if arm.method in ("ce", *CE.values()) else self.without(arm.block, arm.method)
         else:
             found = arm._replace(selector=selector, gamma=1.0 if selector == FULL_POOL else arm.gamma)
         return found if found in self.values and found != arm else None

@@ -167,3 +167,13 @@ def test_a_pool_that_cannot_be_written_is_cached_elsewhere(pool: Pool, tmp_path:
     assert np.array_equal(pixels, IMAGES[:13])
     assert os.listdir(tmp_path / "else") == [pool.fingerprint]
     assert not os.path.exists(os.path.join(pool.path, "cache"))
+
+
+@pytest.mark.parametrize("rows", [[3, 4, 5, 6], [0], [12], [5, 9, 7], [7, 6, 5], [4, 4, 5], [2, 4, 6], []])
+def test_rows_that_follow_each_other_are_lent_without_a_copy(pool: Pool, rows: list[int]) -> None:
+    images = cache.open_shard(pool, 0, 32)[0]
+    lent = cache.Lender().lend(images, np.array(rows, np.int32))
+    np.testing.assert_array_equal(lent, IMAGES[np.array(rows, np.int64)])
+    assert np.shares_memory(lent, images) == (rows in ([3, 4, 5, 6], [0], [12]))
+    cache.let_go(images)
+    np.testing.assert_array_equal(lent, IMAGES[np.array(rows, np.int64)])  # it is read from the file once more

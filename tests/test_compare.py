@@ -18,7 +18,7 @@ from miner import demo
 from miner.build import write_arrays_pool
 from miner.config import Config, Data
 from miner.errors import MinerError, UsageError
-from pipelines.compare_cells import ROWS, SCHEMA
+from pipelines.compare_cells import ROWS, SCHEMA, judged, scores_of
 from pipelines.compare_config import Compare
 from pipelines.compare_matrix import Cell, expand, forwards, plan, recipe
 from pipelines.compare_run import Comparison
@@ -193,6 +193,13 @@ def written(out: Path) -> dict[str, int]:
     return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in paths}
 
 
+def test_a_cell_that_lacks_a_score_is_judged_again(done: Comparison) -> None:
+    none = next(cell for cell in done.matrix.cells if cell.selector == "none")
+    assert scores_of(none, ("oe", "energy")) == ("msp", "energy")
+    assert judged(done.out / none.name / ROWS, scores_of(none, ("oe",)))
+    assert not judged(done.out / none.name / ROWS, scores_of(none, ("oe", "energy")))
+
+
 def test_a_cell_is_judged_and_counted(done: Comparison) -> None:
     rows = [{**row} for row in done.results.to_pylist()]
     values = {(r["selector"], r["score"], r["group"], r["set"], r["protocol"], r["metric"]): r["value"] for r in rows}
@@ -231,16 +238,18 @@ def test_more_selectors_gammas_and_methods_reuse_what_is_there(done: Comparison)
     more.run()
     more.complain()
     after = written(done.out)
-    same = {name for name in before if not ("mined" in name and "toploss" in name)}  # that is ranked again, not mined
+    other = ("toploss", "mined"), ("none", "cells")  # that is ranked again, not mined; this is judged by energy, too
+    same = {name for name in before if not any(all(part in name for part in parts) for parts in other)}
     assert {name: after[name] for name in same} == {name: before[name] for name in same}
     assert cost.read_text() == told
     assert {row["selector"] for row in more.results.to_pylist()} == {"none", "random", "full", "toploss"}
-    scores = {row["score"] for row in more.results.to_pylist() if row["selector"] == "full"}
-    assert scores == {"msp", "energy", "none"}
+    for selector in ("full", "none"):
+        scores = {row["score"] for row in more.results.to_pylist() if row["selector"] == selector}
+        assert scores == {"msp", "energy", "none"}
     again = Comparison(done.config)
     again.run()
     assert written(done.out) == after
-    assert figures(done) == old
+    assert [row for row in figures(done) if row["score"] != "energy"] == old
     assert again.results.num_rows == more.results.num_rows
 
 
@@ -276,7 +285,7 @@ def test_killed_and_started_again_gives_the_same_rows(done: Comparison, tmp_path
     again.complain()
     after = written(config.out)
     assert {name: after[name] for name in before} == before
-    assert figures(again) == figures(done)
+    assert figures(again) == [row for row in figures(done) if row["score"] != "energy"]  # which others asked for
 
 
 def test_what_fails_is_written_down_and_the_rest_goes_on(base: Compare, tmp_path: Path) -> None:

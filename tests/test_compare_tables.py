@@ -261,6 +261,7 @@ def test_the_markdown_holds_the_figures(results: pa.Table) -> None:
     trainers = tables["cifar10, small, pool tiny: AUROC ↑ at γ = 0.1"]
     assert trainers[0] == ["method", "none", "full", "random", "mined", "toploss"]
     assert trainers[1][4].endswith("(+3.20)")
+    assert [row[1].partition(" ")[0] for row in trainers[1:3]] == ["71.00", "75.00"]  # by MSP, and by energy
     assert "45 of 99 cells are done." in text
     assert "nan" not in text
     assert "Transfer" not in text

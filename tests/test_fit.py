@@ -16,7 +16,7 @@ from miner import demo
 from miner.errors import MinerError, UsageError
 from miner.run_dir import RunDir
 from pipelines.train import defaults
-from trainers import models
+from trainers import models, training
 from trainers.checkpoint import load_checkpoint, load_net, open_checkpoint, save_checkpoint
 from trainers.config import PretrainConfig, TrainConfig
 from trainers.data import IdSet
@@ -248,6 +248,10 @@ def test_a_finished_run_and_other_settings(tmp_path, capfd):
     again = train(job(tmp_path / "run"))
     assert {name: again[name] for name in first} == json.loads(json.dumps(first))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    record = tmp_path / "run" / "outliers.parquet"
+    record.write_bytes(before[record][:100])  # pipelines.evaluate says: train again
+    train(job(tmp_path / "run"))
+    assert record.read_bytes() == before[record]
     with open(tmp_path / "run" / "epochs" / "000003" / "state.safetensors", "ab") as state:
         state.write(b"x")
     repaired = train(job(tmp_path / "run"))
@@ -263,7 +267,8 @@ def test_a_finished_run_and_other_settings(tmp_path, capfd):
         train(job(tmp_path / "none", resume=True))
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_one_process_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "ORPHANED", 0.3)
     with RunDir(tmp_path / "run").locked(), pytest.raises(MinerError, match="run: another process is at work here"):
         train(job(tmp_path / "run"))
 
@@ -283,6 +288,9 @@ def test_outliers_among_the_test_images_are_refused(tmp_path, digits, capfd):
         train(replace(config, ood=(str(tmp_path / "ood.npy"),)))
     (tmp_path / "other").mkdir()
     np.save(tmp_path / "other" / "ood.npy", ood[1:50])  # of the same name, and innocent
+    np.save(tmp_path / "few.npy", np.concatenate([demo.pool_arrays()[0][:299], digits.train_images[5:6]]))
+    train(job(tmp_path / "few", outliers=str(tmp_path / "few.npy")))  # a pool that holds an ID image is no ID set
+    assert "note: 1 of 300 outliers are ID training images" in capfd.readouterr().err
     both = (str(tmp_path / "ood.npy"), str(tmp_path / "other" / "ood.npy"))
     with pytest.raises(MinerError, match=r"1 of 51 .*OOD set"):
         train(replace(config, ood=both))

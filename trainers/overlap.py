@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from miner.errors import MinerError
-from miner.files import Place, atomic
+from miner.files import Place, atomic, local_copy
 from trainers.image_set import ImageSet
 
 EXAMPLES = 3  # pairs shown of an overlap
@@ -63,6 +63,16 @@ def write_record(images: ImageSet, path: Place) -> None:
     with atomic(path) as sink, pq.ParquetWriter(sink, record(images, 0, 0).schema, compression="zstd") as writer:
         for start in range(0, len(images), ROWS):
             writer.write_table(record(images, start, start + ROWS))
+
+
+def readable(path: Place) -> bool:
+    """Whether a whole record is there."""
+    try:
+        with local_copy(path) as local:
+            pq.ParquetFile(local).read()
+    except (pa.ArrowException, OSError, MinerError):
+        return False
+    return True
 
 
 def _hashed(images: ImageSet | pa.Table) -> tuple[Callable[[int], str], np.ndarray, int]:

@@ -18,11 +18,13 @@ from trainers.checkpoint import load_checkpoint, load_net, save_checkpoint
 from trainers.config import TrainConfig
 from trainers.data import load_id
 from trainers.fit import World, fit, mean_energies
-from trainers.overlap import refuse_overlap, write_record
+from trainers.overlap import readable, refuse_overlap, write_record
 from trainers.sets import ImageSet, open_images, open_outliers
 from trainers.splits import hold_out, long_tail, parse_hold_out
 
-STATE = "state.safetensors"
+STATE, SEEN = "state.safetensors", "outliers.parquet"
+ORPHANED = 30.0  # seconds that a worker may live on whose driver was killed: a comparison started again waits for it
+MOST_KNOWN = 0.01  # of outliers may be ID training images: of a pool that holds some, not of an ID set taken for one
 CHECKPOINT, SUMMARY = "checkpoint.safetensors", "summary.json"
 
 
@@ -61,7 +63,7 @@ class Training:
         torch.backends.cudnn.deterministic = True
         self.open()
         alone = self.world.size == 1  # else the process that started them all holds the lock
-        with self.dir.locked() if alone else nullcontext(), self.display:
+        with self.dir.locked(ORPHANED) if alone else nullcontext(), self.display:
             first = self.begin()
             if done := self.finished(first):
                 return done
@@ -87,12 +89,20 @@ class Training:
         self.net, self.made_from = self.open_net()
 
     def open_outliers(self, spec: str | None, held: ImageSet | None) -> ImageSet | None:
-        """The background images; refused when the ID set, held-out classes or an OOD test set has some of them."""
+        """The background images; refused when the ID test set, held-out classes or an OOD test set has some of them.
+
+        ID training images among them spoil no test: they are counted, and refused when they are many.
+        """
         if spec is None:
             return None
         outliers = open_outliers(spec, self.config.size, self.config.seed)
-        halves = {"the ID training set": self.id_set.train_images, "the ID test set": self.id_set.test_images}
-        tests = {name: ImageSet(name, (images,)) for name, images in halves.items()}
+        inside = {"the ID training set": ImageSet("ID train", (self.id_set.train_images,))}
+        known = refuse_overlap(outliers, inside, allow=True)
+        if known > MOST_KNOWN * len(outliers):
+            refuse_overlap(outliers, inside, self.config.allow_overlap)
+        if known and self.chief:
+            self.display.say(f"note: {known:,} of {len(outliers):,} outliers are ID training images, pixel for pixel")
+        tests = {"the ID test set": ImageSet("ID test", (self.id_set.test_images,))}
         if held is not None:
             tests["the held-out classes"] = held
         for name in self.config.ood:
@@ -132,12 +142,14 @@ class Training:
             summary = read_json(str(self.dir.path / SUMMARY))
         except (MinerError, FileNotFoundError):  # saved once more
             return None
+        if self.chief and self.outliers is not None and not readable(self.dir.path / SEEN):
+            self.record_outliers()
         self.display.say(f"{self.dir.path}: finished before, nothing is left to do")
         return dict(summary)
 
     def record_outliers(self) -> None:
         """outliers.parquet: what ``pipelines.evaluate`` will compare its test images with."""
-        seen = self.dir.path / "outliers.parquet"
+        seen = self.dir.path / SEEN
         seen.unlink(missing_ok=True)  # of a method that was tried here before
         if self.outliers is not None:
             write_record(self.outliers, seen)
