@@ -85,7 +85,8 @@ def export(
         read = TarImages(subset, asked)
     check_out(out, subset.path)
     lost = read.missing() if isinstance(read, PoolImages) else {}
-    if lost and (not allow_missing or len(lost) == len(asked)):
+    most = len(asked) - 1 if allow_missing else 0  # images that may be lost
+    if len(lost) > most:
         if not (out / "subset.json").exists():
             mark(out)
         _refuse(asked, lost, out)  # an export that lies there stays
@@ -97,10 +98,10 @@ def export(
         stream = Stream(asked, read, display.advance)
         files = _pixels(stream, style, out, size)
         lost = stream.lost
+    if len(lost) > most:
+        clear(out)
+        _refuse(asked, lost, out)
     if lost:
-        if not allow_missing or len(lost) == len(asked):
-            clear(out)
-            _refuse(asked, lost, out)
         _list_missing(asked, lost, out)
         gone[np.flatnonzero(~gone)[list(lost)]] = True
     if style == "datacomp":

@@ -33,9 +33,8 @@ class SubsetStream(IterableDataset):
 
     def __init__(self, subset: "Subset", seed: int | None = None) -> None:
         self.subset, self.seed = subset, seed
-        self._epoch = torch.zeros(
-            (), dtype=torch.int64, device="cpu"
-        ).share_memory_()  # persistent workers see it change
+        # Persistent workers see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
         self._given, self._share, self._resumed = 0, (0, 1), False
 
     def set_epoch(self, epoch: int) -> None:

@@ -37,9 +37,9 @@ class Config:
 
 
 def heaviest(weight_N: np.ndarray, top: float) -> np.ndarray:
-    """Mask bool ``[N]`` of the floor(top N) largest weights; ties go to the earlier row."""
+    """Mask bool ``[N]`` of the floor(top N) largest weights; ties go to the earlier row. UsageError as ``checked``."""
     chosen = np.zeros(len(weight_N), bool)
-    chosen[np.argsort(-weight_N, kind="stable")[: int(top * len(weight_N))]] = True
+    chosen[np.argsort(-weight_N, kind="stable")[: int(checked(top, len(weight_N)) * len(weight_N))]] = True
     return chosen
 
 
@@ -59,7 +59,7 @@ def eligible(table: pa.Table) -> np.ndarray:
 
 def agreement(weight_N: np.ndarray, other_N: np.ndarray, top: float) -> tuple[float, float]:
     """(Spearman's rho, IoU of the heaviest) of two runs' weights."""
-    a, b = (heaviest(weights, checked(top, len(weights))) for weights in (weight_N, other_N))
+    a, b = heaviest(weight_N, top), heaviest(other_N, top)
     return spearman(weight_N, other_N), float((a & b).sum() / (a | b).sum())
 
 
@@ -75,7 +75,7 @@ def shares(run: Place, table: pa.Table, top: float, flag: str) -> str:
         raise UsageError(f"--flag {flag}: no class of {pool.path}/pool.json carries it")
     classes = pa.array(np.flatnonzero(marked), pa.int32())
     inside, keep = pc.is_in(table["label"], classes).to_numpy(), eligible(table)
-    top_share = inside[keep][heaviest(table["weight"].to_numpy()[keep], checked(top, int(keep.sum())))].mean()
+    top_share = inside[keep][heaviest(table["weight"].to_numpy()[keep], top)].mean()
     text = f"{inside.mean():.1%} of the pool, {top_share:.1%} of the heaviest {top:.0%}"
     subsets: list[Place] = sorted(run.glob("subset-*"), key=str)
     for subset in subsets:

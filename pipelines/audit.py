@@ -6,8 +6,8 @@ python -m pipelines.audit runs/imagenet --ood svhn dtd --exclude
 Exact ones are found by decoded pixels; re-encoded, mirrored and cropped ones by thumbnails of all windows of the known
 images (FAISS) and the correlation of aligned detail, above a threshold that is measured on ID test images and printed.
 Leaves audit.parquet (one row a pair) and audit.html (the pairs side by side). Stopped? The same command goes on where
-it was. With --exclude a run's weights table and
-subsets are cut again without them, and without mining: see pipelines.exclude.
+it was. With --exclude a run's weights table and subsets are cut again without them, and without mining: see
+pipelines.exclude.
 """
 
 import sys

@@ -27,6 +27,7 @@ from miner.rays import get
 from miner.subset import load_subset
 from pipelines.compare_matrix import Cell
 from pipelines.compare_selectors import FULL, NONE
+from pipelines.compare_stats import OWN_SCORE
 from pipelines.judge import NO_SCORE, Row, judge
 from trainers.checkpoint import open_checkpoint
 from trainers.config import TrainConfig
@@ -40,7 +41,6 @@ from trainers.training import train
 
 ROWS = "rows.parquet"
 SIZE = 32  # px
-OWN_SCORE = {"energy": "energy"}  # of a method whose paper does not use MSP
 NO_COST = ("pool_images_scored", "forward_equivalents", "selection_seconds")  # all 0 where nothing is mined
 NAMES = ("demo", "demo-pool", "lsun", *NOISE, *TORCHVISION, *ID_TORCHVISION)  # no paths, whatever lies here
 _TYPES = {"gamma": pa.float64(), "seed": pa.int64(), "value": pa.float64()}

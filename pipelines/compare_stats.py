@@ -22,7 +22,9 @@ LEVEL = 0.95
 TIE = 0.001 + 1e-12  # differences up to 0.1 points are none; the rest is for rounding
 EXACT = 6  # seeds up to which all n^n resamples are taken
 DRAWS = 10_000
-CE = {"energy": "ce-energy"}  # the arm without outliers, "ce", as a method's own score sees it: an arm beside it
+OWN_SCORE = {"energy": "energy"}  # of a method whose paper does not use MSP
+# The arm without outliers, "ce", as a method's own score sees it: an arm beside it.
+CE = {method: f"ce-{method}" for method in OWN_SCORE}
 _FIRST = (NONE, FULL_POOL, RANDOM, MINED)  # in tables they come in this order, the others by name
 GROUPS = {"far": "natural", "near": "near", "noise": "noise"}  # never averaged together
 # Names of pipelines.judge, which would load torch.
